@@ -1,0 +1,39 @@
+"""Every error that GradientSpace raises on purpose.
+
+    GradientSpaceError            anything below; exit code 1
+    └── InputError                what the user gave is wrong; exit code 2
+        ├── ConfigError           a config key, value or combination
+        ├── DataError             a data file or one of its rows
+        ├── ModelError            a model, tokenizer or adapter
+        └── RunFolderError        a run folder: missing, of another config, damaged, not writable
+
+A message is one line and says the value, the limit and the fix.
+"""
+
+
+class GradientSpaceError(Exception):
+    """Base of all our errors. `exit_code` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class InputError(GradientSpaceError):
+    """The user's input is wrong; nothing was half-written."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A config key is unknown, a value out of range, or two values do not go together."""
+
+
+class DataError(InputError):
+    """A data file cannot be read or a row is not usable; the message names the row (first row is 1)."""
+
+
+class ModelError(InputError):
+    """A model, tokenizer or adapter is missing, incomplete or of a kind we cannot handle exactly."""
+
+
+class RunFolderError(InputError):
+    """A run folder is missing, belongs to another config, is damaged, or cannot be written."""
