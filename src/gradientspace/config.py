@@ -1,0 +1,389 @@
+"""Every option of GradientSpace, once: its name, type, default and help text.
+
+The dataclasses below are the config file, the command-line flags and the API at the same time; an attribute's
+docstring is its help. `load_config` and `GradientSpaceConfig.from_dict` are strict: an unknown key is refused with
+the nearest known name, a value of another type with the type that fits. This module imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from gradientspace.errors import ConfigError
+
+DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+@dataclass
+class ModelConfig:
+    model_name_or_path: str = ""
+    """A folder with a causal language model in Hugging Face's format, or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the base's weights; `auto` keeps what the checkpoint says."""
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    """Attention kernel of transformers."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where the model runs; `auto` takes an accelerator when there is one."""
+    trust_remote_code: bool = False
+    """Run Python code that a hub model brings along. Off unless you know the author."""
+
+
+@dataclass
+class SourceConfig:
+    path: str = ""
+    """A jsonl, json, csv or parquet file, a folder of them, or a hub data set id."""
+    name: str | None = None
+    """What the source is called in reports; default: the file's stem."""
+    config: str | None = None
+    """Configuration of a hub data set, for example `main` of GSM8K."""
+    split: str = "train"
+    """Split of a hub data set."""
+    weight: float = 1.0
+    """Share of the source's rows that is used, between 0 (none) and 1 (all)."""
+    limit: int | None = None
+    """At most this many rows, the first ones."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """Our field name -> the file's column, where detection is not wanted."""
+
+
+@dataclass
+class DataConfig:
+    train: list[SourceConfig] = field(default_factory=list)
+    """The mix. Split by ids and seed into fit and dev."""
+    test: list[SourceConfig] = field(default_factory=list)
+    """Held-out rows, only ever evaluated; empty: `test_fraction` of the training rows is held out."""
+    test_fraction: float = 0.1
+    """Share of the training rows held out as test where no test source is named."""
+    dev_fraction: float = 0.1
+    """Share of the training rows kept for calibration (dev_a) and for choices (dev_b)."""
+    warmup_fraction: float = 0.05
+    """Share of fit that the warm-up adapter is trained on."""
+    n_validation: int = 512
+    """Number M of validation gradients from which K and the subspace are found."""
+    max_length: int = 512
+    """Longest sample in tokens."""
+    overlong: Literal["drop", "truncate", "error"] = "drop"
+    """What happens to a longer sample."""
+    max_loss_fraction: float = 0.5
+    """The run stops when more than this share of the rows is lost."""
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """`chat`: the tokenizer's template; `plain`: an instruction template; `auto`: chat where there is one."""
+    system_prompt: str | None = None
+    """A system message put before every conversation that has none."""
+
+
+@dataclass
+class LoraConfig:
+    lora_r: int = 8
+    """Rank of every adapter; vLLM serves 8, 16, 32 and 64."""
+    lora_alpha: int = 16
+    """Scale of the update is lora_alpha / lora_r."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapter's input while training; gradients are always taken without."""
+    target_modules: str | list[str] = "all-linear"
+    """Which linear layers get an adapter: `all-linear` or their names."""
+
+
+@dataclass
+class TrainingConfig:
+    learning_rate: float = 1e-3
+    """Peak learning rate of every phase."""
+    num_train_epochs: float = 2.0
+    """Passes over fit that every compared method gets in total after the warm-up."""
+    per_device_train_batch_size: int = 16
+    """Samples in one forward pass."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes in one optimiser step."""
+    lr_scheduler_type: str = "cosine"
+    """Shape of the learning rate over a phase, a name of transformers."""
+    warmup_ratio: float = 0.05
+    """Share of a phase's steps over which the learning rate rises."""
+    weight_decay: float = 0.0
+    """AdamW's decay of the adapter's weights."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    bf16: bool = False
+    """Mixed precision: matmuls in bfloat16."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: slower, less memory."""
+    report_to: str = "none"
+    """Tracker of transformers' Trainer: none, tensorboard, wandb, mlflow, trackio."""
+
+
+@dataclass
+class WarmupConfig:
+    num_train_epochs: float = 3.0
+    """Passes over the warm-up split."""
+    learning_rate: float | None = None
+    """Peak learning rate of the warm-up; default: that of `training`."""
+
+
+@dataclass
+class GradientsConfig:
+    max_tokens_per_batch: int = 4096
+    """Token budget of one batch of per-sample gradients, padding included."""
+
+
+@dataclass
+class ClusteringConfig:
+    method: Literal["gradient", "embedding", "random", "source"] = "gradient"
+    """What the groups are made of: LoRA gradients, prompt embeddings, chance, or the named source."""
+    target: Literal["plain", "routable"] = "routable"
+    """`plain`: the paper's online SVD clusters; `routable`: clusters of the part the prompt can predict."""
+    n_clusters: int | Literal["auto"] = "auto"
+    """K, or `auto`: estimated from the singular values of the validation gradients."""
+    k_min: int = 1
+    """Smallest K that `auto` may choose."""
+    k_max: int = 16
+    """Largest K that `auto` may choose."""
+    undetermined_n_clusters: int = 8
+    """K where the spectrum does not determine one; the run says so when it is used."""
+    n_components: int = 64
+    """Dimension q of the dominant gradient subspace."""
+    cache_size: int = 32
+    """Unit gradients a cluster collects before its centroid moves."""
+    momentum: float = 0.1
+    """Weight of the new direction when a centroid moves."""
+    update: Literal["svd", "mean"] = "svd"
+    """New direction of a full cache: its dominant singular vector (the paper) or its mean."""
+    centre: bool = True
+    """Subtract the validation mean of unit gradients before clustering."""
+    n_init: int = 10
+    """Restarts of spherical k-means."""
+    ridge: float = 1.0
+    """Penalty of the ridge regression from prompt embeddings to gradient coordinates (routable)."""
+    settle: Literal["none", "coordinates", "exact"] = "none"
+    """After the online pass: keep its labels, or reassign by coordinates, or by a second gradient pass."""
+    min_cluster_size: int = 20
+    """Smaller clusters merge into their nearest neighbour."""
+
+
+@dataclass
+class ExpertsConfig:
+    start: Literal["shared", "warmup", "fresh"] = "shared"
+    """What every expert starts from: an adapter trained on all of fit, the warm-up adapter, or nothing."""
+    shared_share: float = 0.5
+    """Share of `training.num_train_epochs` spent on the shared adapter (with start = shared)."""
+
+
+@dataclass
+class RouterConfig:
+    encoder_name_or_path: str = DEFAULT_ENCODER
+    """Sentence encoder: a folder or a hub id; the default also comes from a PyPI package."""
+    head: Literal["logistic", "ridge"] = "logistic"
+    """Classifier on the frozen embedding; `ridge` needs routable clusters."""
+
+
+@dataclass
+class EvaluationConfig:
+    baselines: list[Literal["random", "embedding", "source"]] = field(default_factory=list)
+    """Methods trained and evaluated beside base, single and gradientspace, from the same start and tokens."""
+    split: Literal["test", "dev_b"] = "test"
+    """`dev_b` for every choice; `test` once a committed table."""
+    per_device_eval_batch_size: int = 32
+    """Samples in one evaluation or generation batch."""
+    exact_match: bool = False
+    """Also generate greedily and compare with the reference, white space normalised."""
+    max_new_tokens: int = 64
+    """Longest generated answer in tokens."""
+
+
+@dataclass
+class GradientSpaceConfig:
+    name: str | None = None
+    """Name of the run; default: the config file's stem."""
+    output_dir: str = "runs"
+    """Folder that holds the run folders."""
+    seed: int = 0
+    """Seed of splits, stream order, initialisation, training and router."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    gradients: GradientsConfig = field(default_factory=GradientsConfig)
+    clustering: ClusteringConfig = field(default_factory=ClusteringConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.output_dir) / (self.name or "run")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> GradientSpaceConfig:
+        """Build a config from nested dicts as YAML gives them. Raises `ConfigError` for the first fault found."""
+        return _build(cls, values, "")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def validate(self) -> GradientSpaceConfig:
+        """Check ranges and combinations; returns self. Raises `ConfigError`."""
+        if not self.model.model_name_or_path:
+            raise ConfigError("model.model_name_or_path is missing: give a model folder or a hub id")
+        if not self.data.train:
+            raise ConfigError("data.train is empty: give at least one source with a path")
+        for i, source in enumerate([*self.data.train, *self.data.test]):
+            if not source.path:
+                raise ConfigError(f"data source {i + 1} has no path: give a file, a folder or a hub data set id")
+        for key, (low, high) in _RANGES.items():
+            section, option = key.split(".")
+            value = getattr(getattr(self, section), option)
+            if isinstance(value, int | float) and not low <= value <= high:
+                raise ConfigError(f"{key} is {value}; it must be between {low:g} and {high:g}")
+        if self.clustering.k_min > self.clustering.k_max:
+            raise ConfigError(
+                f"clustering.k_min is {self.clustering.k_min}, above clustering.k_max ({self.clustering.k_max})"
+            )
+        if self.router.head == "ridge" and self.clustering.target != "routable":
+            raise ConfigError("router.head=ridge needs clustering.target=routable; use router.head=logistic")
+        return self
+
+
+_INF = float("inf")
+_RANGES: dict[str, tuple[float, float]] = {
+    "data.test_fraction": (0, 0.9),
+    "data.dev_fraction": (0.01, 0.9),
+    "data.warmup_fraction": (0.001, 0.9),
+    "data.n_validation": (2, 100_000),
+    "data.max_length": (8, 1_000_000),
+    "data.max_loss_fraction": (0, 1),
+    "lora.lora_r": (1, 4096),
+    "lora.lora_alpha": (1, 65536),
+    "lora.lora_dropout": (0, 0.99),
+    "training.learning_rate": (1e-9, 10),
+    "training.num_train_epochs": (0.001, 10_000),
+    "training.per_device_train_batch_size": (1, 65536),
+    "training.gradient_accumulation_steps": (1, 65536),
+    "training.warmup_ratio": (0, 1),
+    "warmup.num_train_epochs": (0.001, 10_000),
+    "gradients.max_tokens_per_batch": (8, 10_000_000),
+    "clustering.n_clusters": (1, 4096),
+    "clustering.k_min": (1, 4096),
+    "clustering.k_max": (1, 4096),
+    "clustering.undetermined_n_clusters": (1, 4096),
+    "clustering.n_components": (1, 100_000),
+    "clustering.cache_size": (1, 100_000),
+    "clustering.momentum": (0, 1),
+    "clustering.n_init": (1, 10_000),
+    "clustering.ridge": (0, _INF),
+    "clustering.min_cluster_size": (1, 1_000_000_000),
+    "experts.shared_share": (0.01, 0.99),
+    "evaluation.per_device_eval_batch_size": (1, 65536),
+    "evaluation.max_new_tokens": (1, 100_000),
+}
+
+
+def load_config(path: str | Path) -> GradientSpaceConfig:
+    """Read a YAML config. The run's name defaults to the file's stem. Raises `ConfigError`."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"config file {path} is not valid YAML{where}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"config file {path} is empty or not a mapping of sections")
+    config = GradientSpaceConfig.from_dict(values)
+    config.name = config.name or path.stem
+    return config
+
+
+def differences(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> list[str]:
+    """`key: left -> right` for every leaf in which two nested dicts differ."""
+    lines = []
+    for key in [*left, *(k for k in right if k not in left)]:
+        a, b = left.get(key), right.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return lines
+
+
+def _build(cls: type, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where or 'the config'} must be a mapping of options, not {values!r}")
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise ConfigError(_unknown_key(f"{where}.{key}" if where else str(key), str(key), list(hints)))
+        arguments[key] = _convert(hints[key], value, f"{where}.{key}" if where else key)
+    return cls(**arguments)
+
+
+def _unknown_key(full: str, key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+    return f"unknown config key {full!r}; {hint}"
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """Check `value` against a type hint; build dataclasses inside lists. int is accepted where float is asked."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where)
+    if origin in (typing.Union, types.UnionType):
+        for option in arguments:
+            try:
+                return _convert(option, value, where)
+            except ConfigError:
+                continue
+    elif origin is Literal:
+        if value in arguments:
+            return value
+    elif origin is list and isinstance(value, list):
+        return [_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    elif origin is dict and isinstance(value, dict):
+        return {str(k): _convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+    elif hint is type(None) and value is None:
+        return None
+    elif hint is float:
+        number = _as_float(value)
+        if number is not None:
+            return number
+    elif isinstance(hint, type) and type(value) is hint:
+        return value
+    raise ConfigError(f"{where} is {value!r}; it must be {_describe(hint)}")
+
+
+def _as_float(value: Any) -> float | None:
+    """YAML 1.1 reads `1e-3` as a string; people mean the number."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return float(value) if isinstance(value, int | float | str) else None
+    except ValueError:
+        return None
+
+
+def _describe(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("empty" if a is type(None) else _describe(a) for a in arguments)
+    if origin is list:
+        return "a list"
+    if origin is dict:
+        return "a mapping"
+    return {str: "text", int: "a whole number", float: "a number", bool: "true or false"}.get(hint, str(hint))
