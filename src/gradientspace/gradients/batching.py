@@ -1,0 +1,122 @@
+"""Batches of samples of similar length under a token budget, in shuffled order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradientspace.errors import DataError
+
+
+class TokenisedSample(Protocol):
+    """Anything with token ids and labels of the same length (labels un-shifted, -100 where masked)."""
+
+    @property
+    def input_ids(self) -> Sequence[int]: ...
+
+    @property
+    def labels(self) -> Sequence[int]: ...
+
+
+@dataclass(slots=True)
+class GradientBatch:
+    """Per-sample gradients of one batch."""
+
+    indices: Tensor
+    """(b,) int64, positions in the sequence of samples that was streamed."""
+    gradients: Tensor
+    """(b, D) float32, one row a sample, in the engine's `layout`."""
+    losses: Tensor
+    """(b,) float32, the loss each row is the gradient of, in nats."""
+    norms: Tensor
+    """(b,) float32, Euclidean norms of the rows."""
+
+
+def check_samples(samples: Sequence[TokenisedSample]) -> None:
+    """Refuse, by row, a sample that has no loss or whose labels do not fit its tokens."""
+    for position, sample in enumerate(samples, start=1):
+        row = getattr(sample, "row", position)
+        if len(sample.input_ids) != len(sample.labels):
+            raise DataError(
+                f"row {row}: {len(sample.input_ids)} tokens but {len(sample.labels)} labels; they must match"
+            )
+        if all(label == -100 for label in sample.labels[1:]):
+            raise DataError(
+                f"row {row}: no supervised token, so no loss and no gradient; give it a completion or drop it"
+            )
+
+
+def plan_batches(
+    lengths: Sequence[int], *, max_tokens: int, max_samples: int, seed: int, shuffle: bool = True
+) -> list[list[int]]:
+    """Group samples so that a padded batch has at most `max_tokens` tokens and `max_samples` rows.
+
+    Samples are sorted by length (ties in random order) and cut greedily; then the *order of the batches* is
+    shuffled, because a length-sorted stream would drag an online clusterer from short samples to long ones.
+    A sample longer than `max_tokens` is a batch of its own. The plan depends only on the arguments.
+    """
+    rng = np.random.default_rng(seed)
+    ties = rng.permutation(len(lengths)) if shuffle else np.arange(len(lengths))
+    order = np.lexsort((ties, np.asarray(lengths)))
+    batches: list[list[int]] = []
+    for index in order.tolist():
+        # ascending lengths: the newest sample is the longest of its batch
+        fits = batches and len(batches[-1]) < max_samples
+        if fits and (len(batches[-1]) + 1) * lengths[index] <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    if shuffle:
+        batches = [batches[i] for i in rng.permutation(len(batches))]
+    return batches
+
+
+def collate(samples: Sequence[TokenisedSample], pad_token_id: int) -> dict[str, Tensor]:
+    """Pad on the right to the longest sample: input_ids, attention_mask, labels, each (b, T) int64."""
+    length = max(len(sample.input_ids) for sample in samples)
+    input_ids = torch.full((len(samples), length), pad_token_id)
+    labels = torch.full((len(samples), length), -100)
+    mask = torch.zeros((len(samples), length), dtype=torch.int64)
+    for row, sample in enumerate(samples):
+        n = len(sample.input_ids)
+        input_ids[row, :n] = torch.as_tensor(sample.input_ids)
+        labels[row, :n] = torch.as_tensor(sample.labels)
+        mask[row, :n] = 1
+    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+
+
+def right_padded(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """input_ids and labels (b, T) with all padding moved to the right, cut to the longest sample.
+
+    A causal model never looks right, so right-padded rows need no attention mask and positions start at 0 in
+    every row, just as for the sample alone. Labels of padding are dropped. Raises DataError, naming the row,
+    for a mask with a hole or a row without tokens or without a supervised token.
+    """
+    input_ids, labels = batch["input_ids"], batch["labels"]
+    mask = batch.get("attention_mask")
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    if not input_ids.shape == labels.shape == mask.shape or input_ids.dim() != 2:
+        shapes = [tuple(t.shape) for t in (input_ids, mask, labels)]
+        raise DataError(f"input_ids, attention_mask and labels must be one (b, T) shape, not {shapes}")
+    mask = mask != 0
+    count = mask.sum(dim=1)
+    first = mask.int().argmax(dim=1)
+    last = mask.shape[1] - mask.flip(1).int().argmax(dim=1)
+    for row in ((last - first) != count).nonzero().flatten().tolist():
+        raise DataError(f"row {row + 1} of the batch: its attention mask is empty or has a hole in it")
+    length = int(count.max())
+    take = first[:, None] + torch.arange(length, device=mask.device)
+    inside = torch.arange(length, device=mask.device) < count[:, None]
+    take = take.clamp(max=mask.shape[1] - 1)
+    input_ids = input_ids.gather(1, take)
+    labels = labels.gather(1, take).masked_fill(~inside, -100)
+    # any token that the embedding knows will do for padding
+    input_ids = torch.where(inside, input_ids, input_ids[:, :1])
+    for row in (labels[:, 1:] == -100).all(dim=1).nonzero().flatten().tolist():
+        raise DataError(f"row {row + 1} of the batch: no supervised token, so no loss and no gradient")
+    return input_ids, labels

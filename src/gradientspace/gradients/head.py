@@ -1,0 +1,198 @@
+"""The loss of each sample, with lm_head applied only where a token is supervised.
+
+Sample i's loss is the mean cross-entropy over its supervised tokens, counted in fp32. Most tokens of an
+instruction sample are prompt, so their logits are never needed; and the gradient of the summed loss with
+respect to the hidden states, `(softmax - onehot) / n_i @ W`, is known as soon as the logits are, so a chunk's
+logits are dropped before the next chunk is formed and (tokens x vocabulary) never exists at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from gradientspace.errors import ModelError
+
+# Bytes of fp32 logits that exist at once. Measured on two CPU cores: 4 to 64 MB are equally fast.
+CHUNK_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Supervision:
+    """The supervised positions of a batch: `rows` index the flattened (b * T) tokens that predict them."""
+
+    rows: Tensor  # (n,) int64
+    targets: Tensor  # (n,) int64
+    weights: Tensor  # (n,) float32, 1 / n_i or 1
+    samples: Tensor  # (n,) int64, which sample each belongs to
+    n_samples: int
+
+    @classmethod
+    def from_labels(cls, labels: Tensor, reduction: str) -> Supervision:
+        """From un-shifted labels (b, T), -100 where not supervised: position t predicts label t + 1."""
+        b, length = labels.shape
+        shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+        rows = (shifted.reshape(-1) != -100).nonzero().squeeze(1)
+        samples = rows // length
+        counts = torch.bincount(samples, minlength=b)
+        weights = torch.ones_like(rows, dtype=torch.float32)
+        if reduction == "mean":
+            weights = weights / counts[samples]
+        return cls(rows, shifted.reshape(-1)[rows], weights, samples, b)
+
+    def per_sample(self, token_losses: Tensor) -> Tensor:
+        """Weighted sums of (n,) token losses: (b,) float32."""
+        losses = torch.zeros(self.n_samples, dtype=torch.float32, device=token_losses.device)
+        return losses.index_add_(0, self.samples, token_losses * self.weights)
+
+
+@dataclass(frozen=True, slots=True)
+class LogitTransform:
+    """What a causal LM does to its head's output, element by element: `cap * tanh(scale * x / cap)`."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def from_config(cls, config: Any) -> LogitTransform:
+        text = config.get_text_config()
+        scale = float(getattr(text, "logit_scale", None) or 1.0)  # Cohere
+        scale /= float(getattr(text, "logits_scaling", None) or 1.0)  # Granite
+        cap = getattr(text, "final_logit_softcapping", None)  # Gemma
+        return cls(scale, None if cap is None else float(cap))
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.cap is not None:
+            logits.div_(self.cap).tanh_().mul_(self.cap)
+        return logits
+
+    def backward_(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """Gradient before the transform from the gradient after it; `logits` are after it."""
+        if self.cap is not None:
+            grad.mul_(1 - (logits / self.cap).square_())
+        return grad.mul_(self.scale) if self.scale != 1.0 else grad
+
+
+class SupervisedCrossEntropy(torch.autograd.Function):
+    """(b, T, H) hidden states -> (n,) token losses; backward gives the gradient of their weighted sum.
+
+    The upstream gradient is not looked at: the sum over samples is what is always differentiated here.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        where: Supervision,
+        transform: LogitTransform,
+    ) -> Tensor:
+        selected = hidden.reshape(-1, hidden.shape[-1])[where.rows]
+        grad = torch.empty_like(selected)
+        losses = torch.empty(len(selected), dtype=torch.float32, device=hidden.device)
+        step = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        for start in range(0, len(selected), step):
+            part = slice(start, start + step)
+            target = where.targets[part, None]
+            logits = transform.apply_(F.linear(selected[part], weight, bias).float())
+            normaliser = logits.logsumexp(dim=-1, keepdim=True)
+            losses[part] = (normaliser - logits.gather(1, target)).squeeze(1)
+            softcapped = logits.clone() if transform.cap is not None else logits
+            dlogits = logits.sub_(normaliser).exp_()
+            dlogits.scatter_add_(1, target, torch.full_like(normaliser, -1.0))
+            dlogits = transform.backward_(dlogits.mul_(where.weights[part, None]), softcapped)
+            grad[part] = dlogits.to(weight.dtype) @ weight
+        ctx.save_for_backward(grad, where.rows)
+        ctx.shape = hidden.shape
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad, rows = ctx.saved_tensors
+        full = grad.new_zeros(ctx.shape)
+        full.view(-1, grad.shape[-1])[rows] = grad
+        return full, None, None, None, None
+
+
+class Head:
+    """Runs a causal LM and returns its supervised token losses.
+
+    `mode` is "supervised" (hidden states caught at lm_head, only supervised positions multiplied, in chunks)
+    or "model" (the model's own logits, all of them), with the reason in `why`.
+    """
+
+    def __init__(self, causal_lm: Any) -> None:
+        find_head = getattr(causal_lm, "get_output_embeddings", None)
+        if find_head is None or find_head() is None:
+            raise ModelError(f"{type(causal_lm).__name__} has no lm_head; give a causal language model")
+        self.causal_lm = causal_lm
+        self.lm_head: Any = find_head()
+        self.transform = LogitTransform.from_config(causal_lm.config)
+        self.why = self._why_not_supervised()
+        self.mode = "model" if self.why else "supervised"
+
+    def token_losses(self, inputs: dict[str, Tensor], where: Supervision) -> Tensor:
+        """(n,) float32 cross-entropies at the supervised positions, attached to the graph."""
+        if self.mode == "model":
+            logits = self.causal_lm(**inputs, use_cache=False).logits
+            selected = logits.reshape(-1, logits.shape[-1])[where.rows]
+            return F.cross_entropy(selected.float(), where.targets, reduction="none")
+        hidden, _ = self._catch_hidden(inputs)
+        bias = getattr(self.lm_head, "bias", None)
+        return SupervisedCrossEntropy.apply(hidden, self.lm_head.weight, bias, where, self.transform)
+
+    def _catch_hidden(self, inputs: dict[str, Tensor], keep_logits: bool = False) -> tuple[Tensor, Any]:
+        """The hidden states that reach lm_head, (b, T, H), and the model's output."""
+        caught: list[Tensor] = []
+        original = self.lm_head.forward
+
+        def catch(hidden: Tensor) -> Tensor:
+            caught.append(hidden)
+            return original(hidden) if keep_logits else hidden.new_zeros(hidden.shape[0], 1, 1)
+
+        with replaced_forwards([(self.lm_head, catch)]):
+            output = self.causal_lm(**inputs, use_cache=False)
+        return caught[0], output
+
+    def _why_not_supervised(self) -> str:
+        """Probe with three tokens: are the model's logits those of lm_head and the transform we know?"""
+        if isinstance(self.lm_head, BaseTunerLayer):
+            return "lm_head itself is adapted"
+        if type(self.lm_head) is not nn.Linear:
+            return f"lm_head is {type(self.lm_head).__name__}, not a plain linear"
+        device = self.causal_lm.get_input_embeddings().weight.device
+        probe = torch.arange(3, device=device)[None] % self.causal_lm.get_input_embeddings().weight.shape[0]
+        with torch.no_grad():
+            hidden, output = self._catch_hidden({"input_ids": probe}, keep_logits=True)
+            expected = self.transform.apply_(self.lm_head(hidden).float())
+        if output.logits.shape != expected.shape:
+            return "the model reshapes its logits"
+        if not torch.allclose(output.logits.float(), expected, rtol=1e-2, atol=1e-3, equal_nan=True):
+            return "the model changes its logits in a way that is not known here"
+        return ""
+
+
+@contextmanager
+def replaced_forwards(pairs: list[tuple[nn.Module, Callable]]):
+    """Give each module another `forward` for the duration of the block."""
+    before = [(module, module.__dict__.get("forward")) for module, _ in pairs]
+    try:
+        for module, forward in pairs:
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, forward in reversed(before):
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
