@@ -7,8 +7,8 @@
      "renamed_ids": n, "skipped_files": [...], "warnings": [...]}
 
 with FILE = {"split", "source", "file", "mapping", "rows", "kept", "lost", "truncated"}, where `lost` maps a
-reason to {"count", "rows"} whose `rows` are ranges [first, last] of row numbers. In every file and in the totals
-rows = kept + the sum of the losses; truncated rows are kept.
+reason to {"count", "rows"} whose `rows` are ranges [first, last] of row numbers. In every file and in the
+totals rows = kept + the sum of the losses; truncated rows are kept.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Which row goes where, decided once from ids and seed alone: the order of the rows changes nothing.
 
-Groups of near-duplicate prompts, in the order of hashes of (seed, smallest id of the group), fill test (where it
-is held out), then dev_a, then dev_b, each group where it still fits; the rest is `fit`. A group of more than 1 %
-of the rows (and 10) is no accident but a template that its prompts share: kept together it would leave dev
-without that kind of prompt, so only exact repetitions stay together in it, and its size is reported. The warm-up is drawn
-from `fit` by hashes of the ids, the same share of every named source; the validation samples are drawn likewise,
-uniformly, from the rest of `fit`.
+Groups of near-duplicate prompts, in the order of hashes of (seed, smallest id of the group), fill test
+(where it is held out), then dev_a, then dev_b, each group where it still fits; the rest is `fit`. A group
+of more than 1 % of the rows (and 10) is no accident but a template that its prompts share: kept together it
+would leave dev without that kind of prompt, so only exact repetitions stay together in it, and its size is
+reported. The warm-up is drawn from `fit` by hashes of the ids, the same share of every named source; the
+validation samples are drawn likewise, uniformly, from the rest of `fit`.
 """
 
 from __future__ import annotations
