@@ -7,10 +7,12 @@ the nearest known name, a value of another type with the type that fits. This mo
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -154,9 +156,10 @@ class ClusteringConfig:
     """Unit gradients a cluster collects before its centroid moves."""
     momentum: float = 0.1
     """Weight of the new direction when a centroid moves."""
-    update: Literal["svd", "mean"] = "svd"
-    """New direction of a full cache: its dominant singular vector (the paper) or its mean."""
-    centre: bool = True
+    update: Literal["svd", "mean", "running"] = "svd"
+    """How a centroid moves: towards its cache's dominant singular vector (the paper), its cache's mean, or as the
+    running mean of all its samples."""
+    center: bool = True
     """Subtract the validation mean of unit gradients before clustering."""
     n_init: int = 10
     """Restarts of spherical k-means."""
@@ -250,6 +253,11 @@ class GradientSpaceConfig:
             raise ConfigError(
                 f"clustering.k_min is {self.clustering.k_min}, above clustering.k_max ({self.clustering.k_max})"
             )
+        if self.clustering.method != "gradient" and self.clustering.n_clusters == "auto":
+            raise ConfigError(
+                f"clustering.n_clusters is auto, which needs gradients: give a number with "
+                f"clustering.method={self.clustering.method}"
+            )
         if self.router.head == "ridge" and self.clustering.target != "routable":
             raise ConfigError("router.head=ridge needs clustering.target=routable; use router.head=logistic")
         return self
@@ -289,8 +297,11 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-def load_config(path: str | Path) -> GradientSpaceConfig:
-    """Read a YAML config. The run's name defaults to the file's stem. Raises `ConfigError`."""
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> GradientSpaceConfig:
+    """Read a YAML config. The run's name defaults to the file's stem. Raises `ConfigError`.
+
+    `overrides` are command-line words, `--section.option value`, whose values are read as YAML.
+    """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist")
@@ -302,9 +313,27 @@ def load_config(path: str | Path) -> GradientSpaceConfig:
         raise ConfigError(f"config file {path} is not valid YAML{where}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"config file {path} is empty or not a mapping of sections")
-    config = GradientSpaceConfig.from_dict(values)
+    config = GradientSpaceConfig.from_dict(_override(values, overrides))
     config.name = config.name or path.stem
     return config
+
+
+def _override(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """`values` with `--section.option value` pairs put in; `=` may join the two."""
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    if len(words) % 2 or any(not word.startswith("--") for word in words[::2]):
+        odd = next((word for word in words[::2] if not word.startswith("--")), words[-1] if words else "")
+        raise ConfigError(f"cannot read {odd!r}: options are pairs, --section.option value")
+    values = copy.deepcopy(values)
+    for flag, value in zip(words[::2], words[1::2], strict=True):
+        *sections, option = flag.removeprefix("--").replace("-", "_").split(".")
+        place = values
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{flag} does not name an option: {section!r} is not a section")
+        place[option] = yaml.safe_load(value)
+    return values
 
 
 def differences(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> list[str]:

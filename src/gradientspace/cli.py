@@ -1,0 +1,222 @@
+"""The command line: parse, call, print. Heavy imports happen inside the commands, so `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from gradientspace import __version__
+from gradientspace.config import GradientSpaceConfig, load_config
+from gradientspace.errors import ConfigError, GradientSpaceError
+
+_STEPS = {
+    "warmup": "train the warm-up adapter",
+    "cluster": "stream gradients into the clusterer",
+    "experts": "train the shared adapter and one expert a cluster",
+    "router": "train and calibrate the router",
+    "eval": "train the baselines and evaluate every method",
+    "report": "write report.html",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the `gradientspace` command. Returns the exit code: 0 done, 2 wrong input, 1 our fault."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not getattr(options, "takes_overrides", False):
+        parser.error(f"unknown option {rest[0]!r}; see gradientspace {options.command or ''} --help")
+    if options.command is None:
+        parser.print_help()
+        return 0
+    try:
+        return options.handler(options, rest) or 0
+    except GradientSpaceError as error:
+        if options.debug:
+            traceback.print_exc()
+        print(f"gradientspace: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\ngradientspace: interrupted; the same command continues where it stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): nothing is wrong with the run.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if options.debug:
+            traceback.print_exc()
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"gradientspace: internal error: {text} (run again with --debug and report it)", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gradientspace",
+        description="Cluster an instruction mix by gradient, train one LoRA expert a cluster, route every prompt.",
+    )
+    parser.add_argument("--version", action="version", version=f"gradientspace {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run the whole method on a config; resumes", add_help=False)
+    run.add_argument("config", nargs="?")
+    run.add_argument("-h", "--help", action="store_true")
+    run.set_defaults(handler=_run, takes_overrides=True)
+
+    data = commands.add_parser("data", help="show what becomes of every row, before any model is loaded")
+    data.add_argument("config")
+    data.set_defaults(handler=_data, takes_overrides=True)
+
+    for name, text in _STEPS.items():
+        step = commands.add_parser(name, help=f"one step on a run folder or a config: {text}")
+        step.add_argument("run", help="a run folder, or a config that makes one")
+        step.add_argument("--redo", action="store_true", help="make this step again though it is there")
+        step.set_defaults(handler=_step, takes_overrides=True)
+
+    route = commands.add_parser("route", help="which expert a prompt goes to, how sure, and the runner-up")
+    route.add_argument("run")
+    route.add_argument("prompt")
+    route.add_argument("--json", action="store_true", help="print the decision as JSON")
+    route.set_defaults(handler=_route)
+
+    generate = commands.add_parser("generate", help="answer a prompt with the expert it is routed to")
+    generate.add_argument("run")
+    generate.add_argument("prompt")
+    generate.add_argument("--max-new-tokens", type=int, default=128)
+    generate.set_defaults(handler=_generate)
+
+    compare = commands.add_parser("compare", help="several runs or configs, every method, on one table")
+    compare.add_argument("runs", nargs="+", metavar="RUN_OR_CONFIG")
+    compare.add_argument("--against", default="single", help="method of the first run that differences are from")
+    compare.add_argument("--json", type=Path, help="also write the table as JSON")
+    compare.set_defaults(handler=_compare)
+
+    demo = commands.add_parser("demo", help="the whole method on generated data, offline, in minutes")
+    demo.add_argument("--control", choices=("none", "one-skill", "by-topic"), default="none")
+    demo.add_argument("--output-dir", default="runs")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--fresh", action="store_true", help="start over instead of reusing a finished run")
+    demo.set_defaults(handler=_demo)
+
+    doctor = commands.add_parser("doctor", help="versions, devices, what is missing, and the fix")
+    doctor.set_defaults(handler=_doctor)
+    return parser
+
+
+def _run(options: argparse.Namespace, overrides: list[str]) -> None:
+    if options.help:
+        _print_run_help()
+        return
+    if options.config is None:
+        raise ConfigError("no config given: gradientspace run CONFIG.yaml [--section.option value ...]")
+    from gradientspace.pipeline import run
+
+    _print_summary(run(load_config(options.config, overrides)).path)
+
+
+def _print_run_help() -> None:
+    """Every option with its help; tyro renders the config's own docstrings."""
+    import tyro
+
+    print("usage: gradientspace run CONFIG.yaml [--section.option value ...]\n\nCONFIG.yaml holds the options below.")
+    with_sources = dataclasses.replace(GradientSpaceConfig())
+    try:
+        tyro.cli(GradientSpaceConfig, default=with_sources, args=["--help"], config=(tyro.conf.FlagConversionOff,))
+    except SystemExit:
+        return
+
+
+def _step(options: argparse.Namespace, overrides: list[str]) -> None:
+    from gradientspace.pipeline import STAGES_OF, run
+    from gradientspace.run import Run
+
+    path = Path(options.run)
+    config = Run.open(path).config if path.is_dir() and not overrides else load_config(options.run, overrides)
+    if options.redo:
+        Run.create(config.validate()).forget(*STAGES_OF[options.command])
+    done = run(config, until=options.command)
+    if options.command in ("eval", "report"):
+        _print_summary(done.path)
+
+
+def _print_summary(path: Path) -> None:
+    from gradientspace.tables import method_rows, render
+
+    results = json.loads((path / "evaluation/results.json").read_text())
+    print(render(*method_rows(results)))
+    print("\n" + "\n".join(results["verdict"]))
+    print(f"\n{path}/report.html shows it; next: gradientspace generate {path} \"a prompt\"")
+
+
+def _data(options: argparse.Namespace, overrides: list[str]) -> None:
+    from gradientspace.data import accounting_table, load, render_sample
+    from gradientspace.models import load_tokenizer
+
+    config = load_config(options.config, overrides).validate()
+    tokenizer = load_tokenizer(config.model)
+    data = load(config.data, tokenizer, config.seed)
+    print(accounting_table(data.accounting))
+    print("\nOne sample, supervised tokens marked:\n")
+    print(render_sample(data.fit[0], tokenizer))
+
+
+def _route(options: argparse.Namespace, _: list[str]) -> None:
+    from gradientspace.inference import decide
+    from gradientspace.router import Router
+    from gradientspace.run import Run
+
+    run = Run.open(options.run)
+    router = Router.load(run.require("router", f"router {options.run}"))
+    decision = decide(router.predict_proba([options.prompt])[0], router.threshold)
+    if options.json:
+        print(json.dumps(dataclasses.asdict(decision)))
+        return
+    runner_up = "" if decision.runner_up is None else f", runner-up expert {decision.runner_up}"
+    print(f"expert {decision.expert}, probability {decision.probability:.3f}{runner_up}")
+
+
+def _generate(options: argparse.Namespace, _: list[str]) -> None:
+    from gradientspace.inference import RoutedModel
+
+    model = RoutedModel.from_run(options.run)
+    decision = model.route(options.prompt)
+    print(f"[expert {decision.expert}, probability {decision.probability:.3f}]", file=sys.stderr)
+    print(model.generate(options.prompt, max_new_tokens=options.max_new_tokens))
+
+
+def _compare(options: argparse.Namespace, _: list[str]) -> None:
+    from gradientspace.comparison import compare
+    from gradientspace.pipeline import run
+    from gradientspace.run import Run, write_json
+    from gradientspace.tables import comparison_rows, render
+
+    runs = [Run.open(p) if Path(p).is_dir() else run(load_config(p)) for p in options.runs]
+    table = compare(runs, against=options.against)
+    print(render(*comparison_rows(table)))
+    if options.json:
+        write_json(options.json, table)
+
+
+def _demo(options: argparse.Namespace, _: list[str]) -> None:
+    from gradientspace.demo.command import demo
+
+    demo(options.control, Path(options.output_dir), seed=options.seed, fresh=options.fresh)
+
+
+def _doctor(_options: argparse.Namespace, _: list[str]) -> int:
+    from gradientspace.doctor import examine
+
+    lines, missing = examine()
+    print("\n".join(lines))
+    return 1 if missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""Stage II on real samples: gradients stream from the engine into the clusterer, and groups come out.
+
+The other ways of making groups (embeddings, chance, the true source) live beside it and return the same `Groups`,
+so that every compared method trains and routes through the same code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from gradientspace.clustering import Assignment, OnlineSVDClusterer, spherical_kmeans
+from gradientspace.config import ClusteringConfig, GradientSpaceConfig
+from gradientspace.data import Dataset, Sample
+from gradientspace.encoder import Encoder
+from gradientspace.evaluation import variance_shares
+from gradientspace.gradients import GradientBatch, PerSampleGradients
+from gradientspace.progress import Progress, say
+from gradientspace.run import write_json
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@dataclass
+class Groups:
+    """Cluster of every sample of `fit` and of the held-out rows; -1 where a sample has none."""
+
+    fit: np.ndarray
+    """(N,) int64, in the order of `data.fit`."""
+    held_out: np.ndarray
+    """(H,) int64, in the order of `held_out(data)`: by the sample's own gradient, to judge only; for a grouping
+    without gradients, where its router sends the prompt."""
+    n_clusters: int
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What `results.json` says of the clustering beyond its labels."""
+
+    @property
+    def sizes(self) -> list[int]:
+        return np.bincount(self.fit[self.fit >= 0], minlength=self.n_clusters).tolist()
+
+    def members(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+        """The samples of each cluster, in data order."""
+        return [[samples[i] for i in np.flatnonzero(self.fit == k)] for k in range(self.n_clusters)]
+
+    def write(self, folder: Path, data: Dataset) -> None:
+        """`assignments.parquet`, `held_out.parquet` and `clustering.json`, where they are not there already."""
+        for name, samples, labels in (
+            ("assignments", data.fit, self.fit),
+            ("held_out", held_out(data), self.held_out),
+        ):
+            if not (folder / f"{name}.parquet").exists():
+                _write_table(folder / f"{name}.parquet", {"id": [s.id for s in samples], "cluster": labels})
+        write_json(folder / "clustering.json", {"n_clusters": self.n_clusters, "sizes": self.sizes, **self.facts})
+
+    @classmethod
+    def read(cls, folder: Path) -> Groups:
+        facts = json.loads((folder / "clustering.json").read_text())
+        labels = [
+            pq.read_table(folder / f"{name}.parquet", columns=["cluster"])["cluster"].to_numpy()
+            for name in ("assignments", "held_out")
+        ]
+        n_clusters = facts.pop("n_clusters")
+        facts.pop("sizes")
+        return cls(labels[0], labels[1], n_clusters, facts)
+
+
+def held_out(data: Dataset) -> list[Sample]:
+    """Every row outside `fit`, in the order of the recorded held-out clusters."""
+    return [*data.dev_a, *data.dev_b, *data.test]
+
+
+@dataclass
+class PassTable:
+    """What one gradient pass records of each sample: arrays of length n, `coordinates` (n, q)."""
+
+    cluster: np.ndarray
+    cosine: np.ndarray
+    margin: np.ndarray
+    norm: np.ndarray
+    loss: np.ndarray
+    coordinates: np.ndarray
+
+    @classmethod
+    def empty(cls, n: int, q: int) -> PassTable:
+        columns = [np.zeros(n, dtype=np.float32) for _ in range(4)]
+        return cls(np.full(n, -1, dtype=np.int64), *columns, np.zeros((n, q), dtype=np.float32))
+
+    def fill(self, batch: GradientBatch, assignment: Assignment) -> None:
+        rows = batch.indices.numpy()
+        for name in ("cluster", "cosine", "margin", "coordinates"):
+            values = assignment.labels if name == "cluster" else getattr(assignment, name)
+            getattr(self, name)[rows] = torch.as_tensor(values).cpu().numpy()
+        self.norm[rows], self.loss[rows] = batch.norms.cpu().numpy(), batch.losses.cpu().numpy()
+
+    def write(self, path: Path, samples: Sequence[Sample], **more: np.ndarray) -> None:
+        coordinates = pa.FixedSizeListArray.from_arrays(self.coordinates.ravel(), self.coordinates.shape[1])
+        columns = {name: getattr(self, name) for name in ("cluster", "cosine", "margin", "norm", "loss")}
+        _write_table(path, {"id": [s.id for s in samples], **columns, "coordinates": coordinates, **more})
+
+
+def _write_table(path: Path, columns: dict[str, Any]) -> None:
+    pq.write_table(pa.table(columns), path)
+
+
+def gradient_groups(
+    model: PeftModel, data: Dataset, config: GradientSpaceConfig, encoder: Encoder, folder: Path
+) -> Groups:
+    """Cluster `data.fit` by full-dimension LoRA gradients of `model`'s adapter; writes the clustering folder."""
+    options = config.clustering
+    with PerSampleGradients(model) as engine:
+        clusterer = _new_clusterer(options, config.seed)
+        clusterer.initialize(_validation_gradients(engine, data.validation, config))
+        _announce(clusterer)
+        fit = _learn(engine, clusterer, data.fit, config)
+        online = fit.cluster.copy()
+        if options.target == "routable" and clusterer.n_clusters_ > 1:
+            fit.cluster = _make_routable(clusterer, fit, encoder.encode([s.prompt for s in data.fit]), config)
+        judged, variance = _judge(engine, clusterer, held_out(data), config)
+    clusterer.save(folder)
+    fit.write(folder / "assignments.parquet", data.fit, online_cluster=online)
+    judged.write(folder / "held_out.parquet", held_out(data))
+    facts = {"dimension": engine.dim, "spectrum": _spectrum(clusterer), "variance": variance}
+    return Groups(fit.cluster, judged.cluster, clusterer.n_clusters_, facts)
+
+
+def _new_clusterer(options: ClusteringConfig, seed: int) -> OnlineSVDClusterer:
+    return OnlineSVDClusterer(
+        n_clusters=options.n_clusters,
+        random_state=seed,
+        k_min=options.k_min,
+        k_max=options.k_max,
+        fallback_n_clusters=options.undetermined_n_clusters,
+        n_components=options.n_components,
+        cache_size=options.cache_size,
+        momentum=options.momentum,
+        update=options.update,
+        center=options.center,
+        n_init=options.n_init,
+    )
+
+
+def _validation_gradients(
+    engine: PerSampleGradients, samples: Sequence[Sample], config: GradientSpaceConfig
+) -> torch.Tensor:
+    """The matrix G of raw gradients, (M, D) float32."""
+    say(f"  gradients have D = {engine.dim:,} numbers; {len(samples)} of them find K and the subspace")
+    matrix = torch.empty(len(samples), engine.dim)
+    with Progress("validation gradients", len(samples), "sample") as progress:
+        for batch in _batches(engine, samples, config):
+            matrix[batch.indices] = batch.gradients
+            progress.advance(len(batch.indices))
+    return matrix
+
+
+def _announce(clusterer: OnlineSVDClusterer) -> None:
+    estimate = clusterer.rank_estimate_
+    if estimate is None:
+        say(f"  K = {clusterer.n_clusters_}, as asked for")
+    elif estimate.n_clusters is None:
+        say(f"  K is undetermined ({estimate.reason}); using {clusterer.n_clusters_}, set clustering.n_clusters")
+    else:
+        say(f"  K = {clusterer.n_clusters_} ({estimate.reason}; confidence {estimate.confidence:.2f})")
+
+
+def _spectrum(clusterer: OnlineSVDClusterer) -> dict[str, Any]:
+    """What is known of K: the estimate with its evidence, and the energy that the kept directions hold."""
+    estimate = clusterer.rank_estimate_
+    energy = np.asarray(clusterer.explained_energy_)
+    kept = min(len(clusterer.components_), len(energy))
+    return {
+        "estimate": estimate.to_dict() if estimate else None,
+        "components": kept,
+        "energy_of_components": float(energy[kept - 1]),
+        "singular_values": np.asarray(clusterer.singular_values_)[:64].tolist(),
+    }
+
+
+def _learn(
+    engine: PerSampleGradients, clusterer: OnlineSVDClusterer, samples: Sequence[Sample], config: GradientSpaceConfig
+) -> PassTable:
+    """The one online pass over `fit`: assign every sample, then let the centroids follow."""
+    table = PassTable.empty(len(samples), len(clusterer.components_))
+    with Progress("gradients", len(samples), "sample") as progress:
+        for batch in _batches(engine, samples, config):
+            table.fill(batch, clusterer.partial_fit(batch.gradients).assignment_)
+            progress.advance(len(batch.indices))
+    clusterer.finalize()
+    return table
+
+
+def _judge(
+    engine: PerSampleGradients, clusterer: OnlineSVDClusterer, samples: Sequence[Sample], config: GradientSpaceConfig
+) -> tuple[PassTable, dict[str, float]]:
+    """Clusters of held-out samples, and how much of their gradients' variance lies between the clusters.
+
+    The variance uses uncentred unit gradients that took no part in clustering, with float64 sums.
+    """
+    table = PassTable.empty(len(samples), len(clusterer.components_))
+    sums = torch.zeros(clusterer.n_clusters_, engine.dim, dtype=torch.float64)
+    counts = torch.zeros(clusterer.n_clusters_, dtype=torch.float64)
+    with Progress("held-out gradients", len(samples), "sample") as progress:
+        for batch in _batches(engine, samples, config):
+            assignment = clusterer.assign(batch.gradients)
+            table.fill(batch, assignment)
+            labels = torch.as_tensor(assignment.labels)
+            usable = labels >= 0
+            units = batch.gradients[usable] / batch.norms[usable, None]
+            sums.index_add_(0, labels[usable], units.double())
+            counts.index_add_(0, labels[usable], torch.ones(int(usable.sum()), dtype=torch.float64))
+            progress.advance(len(batch.indices))
+    return table, variance_shares(counts.numpy(), sums.numpy())
+
+
+def _make_routable(
+    clusterer: OnlineSVDClusterer, table: PassTable, embeddings: np.ndarray, config: GradientSpaceConfig
+) -> np.ndarray:
+    """Cluster what the prompt predicts of each gradient; the centroids are lifted back to full dimension."""
+    raise NotImplementedError
+
+
+def _batches(
+    engine: PerSampleGradients, samples: Sequence[Sample], config: GradientSpaceConfig
+) -> Iterator[GradientBatch]:
+    # Padding needs no id of its own: the engine masks it.
+    return engine.stream(samples, max_tokens=config.gradients.max_tokens_per_batch, seed=config.seed)
+
+
+def embedding_groups(data: Dataset, n_clusters: int, encoder: Encoder, seed: int) -> np.ndarray:
+    """Spherical k-means of the prompts' embeddings: (N,) labels of `data.fit`."""
+    embeddings = encoder.encode([s.prompt for s in data.fit])
+    return np.asarray(spherical_kmeans(embeddings, n_clusters, 10, seed)[0])

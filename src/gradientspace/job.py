@@ -1,0 +1,139 @@
+"""What the stages of one run share: the run folder, and base, tokenizer, data and encoder, each loaded at first use.
+
+A finished stage loads nothing, so resuming a run costs only what is still to be done.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradientspace.config import GradientSpaceConfig
+from gradientspace.data import Dataset, Sample, Template, load
+from gradientspace.encoder import Encoder
+from gradientspace.grouping import Groups
+from gradientspace.models import load_base, load_tokenizer, lora, save_adapter
+from gradientspace.run import Run, write_json
+from gradientspace.training import train_adapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Job:
+    """One run at work."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    @property
+    def config(self) -> GradientSpaceConfig:
+        return self.run.config
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.config.model)
+
+    @cached_property
+    def base(self) -> PreTrainedModel:
+        return load_base(self.config.model)
+
+    @cached_property
+    def data(self) -> Dataset:
+        return load(self.config.data, self.tokenizer, self.config.seed)
+
+    @cached_property
+    def template(self) -> Template:
+        return Template(self.tokenizer, self.config.data.template, self.config.data.system_prompt)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(self.config.router.encoder_name_or_path)
+
+    def evaluated(self) -> list[Sample]:
+        """The samples of the split that `evaluation.split` names."""
+        return self.data.test if self.config.evaluation.split == "test" else self.data.dev_b
+
+    def train(
+        self,
+        name: str,
+        samples: Callable[[], Sequence[Sample]],
+        *,
+        epochs: float,
+        start: Path | None,
+        inputs: tuple[str, ...],
+        learning_rate: float | None = None,
+    ) -> Path:
+        """Stage: one adapter trained on `samples()` from the adapter in `start`. Returns its folder."""
+
+        def make(folder: Path) -> None:
+            with lora(self.base, self.config.lora, start=start, seed=self.config.seed) as model:
+                summary = train_adapter(
+                    model,
+                    samples(),
+                    self.config.training,
+                    epochs=epochs,
+                    seed=self.config.seed,
+                    pad_token_id=int(self.tokenizer.pad_token_id),
+                    label=name,
+                    learning_rate=learning_rate,
+                )
+                save_adapter(model, folder)
+            write_json(folder / "training.json", summary.to_dict())
+
+        return self.run.stage(name, make, inputs=inputs)
+
+    def train_experts(self, prefix: str, groups: Groups, *, inputs: tuple[str, ...]) -> list[Path]:
+        """Stages `prefix/0`, `prefix/1`, …: one expert a group, all from the same start, for the rest of the budget."""
+        return [
+            self.train(
+                f"{prefix}/{k}",
+                lambda k=k: groups.members(self.data.fit)[k],
+                epochs=self.expert_epochs,
+                start=self.expert_start,
+                inputs=(*inputs, *self.start_stages),
+            )
+            for k in range(groups.n_clusters)
+        ]
+
+    @property
+    def shared_epochs(self) -> float:
+        experts = self.config.experts
+        return self.config.training.num_train_epochs * (experts.shared_share if experts.start == "shared" else 0.0)
+
+    @property
+    def expert_epochs(self) -> float:
+        return self.config.training.num_train_epochs - self.shared_epochs
+
+    @property
+    def start_stages(self) -> tuple[str, ...]:
+        start = self.config.experts.start
+        return () if start == "fresh" else (start,)
+
+    @property
+    def expert_start(self) -> Path | None:
+        """The adapter that every expert, and the single adapter beside them, starts from."""
+        return self.run.path / self.start_stages[0] if self.start_stages else None
+
+    def cost(self, folders: Sequence[Path]) -> dict[str, Any]:
+        """Steps and tokens that went into these adapters after the warm-up, and their parameters."""
+        shared = [self.expert_start] if self.config.experts.start == "shared" and self.expert_start else []
+        summaries = [json.loads((f / "training.json").read_text()) for f in [*shared, *folders]]
+        return {
+            "steps": sum(s["steps"] for s in summaries),
+            "tokens": sum(s["tokens"] for s in summaries),
+            "parameters": sum(_adapter_numbers(f) for f in folders),
+            "passes_per_token": 1,
+        }
+
+
+def _adapter_numbers(folder: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(str(folder / "adapter_model.safetensors"), "np") as tensors:
+        shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys()]  # noqa: SIM118
+    return sum(rows * columns for rows, columns in shapes)
+

@@ -1,0 +1,183 @@
+"""Base model, tokenizer and LoRA adapters: the only home of transformers' and PEFT's quirks.
+
+transformers and peft take seconds to import, so they are imported inside the functions that need them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gradientspace.config import LoraConfig, ModelConfig
+from gradientspace.errors import ModelError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+
+
+def pick_device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The base's tokenizer; where it has no padding token, the end-of-sequence token pads."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_hub_or_folder(AutoTokenizer, "tokenizer", config)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise ModelError(f"the tokenizer of {config.model_name_or_path} has neither a padding nor an end token")
+    return tokenizer
+
+
+def load_base(config: ModelConfig) -> PreTrainedModel:
+    """The base model in eval mode on its device, without gradients. Raises `ModelError` in one line."""
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(config.model_name_or_path)
+    if folder.is_dir() and not any(p for pattern in _WEIGHTS for p in folder.glob(pattern)):
+        raise ModelError(f"{folder} has no weights (*.safetensors): give a complete model folder or a hub id")
+    with _quiet_loading():
+        model = _from_hub_or_folder(
+            AutoModelForCausalLM,
+            "model",
+            config,
+            dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+            attn_implementation=config.attn_implementation,
+            use_safetensors=True,
+        )
+    return model.requires_grad_(False).eval().to(pick_device(config.device))
+
+
+def _from_hub_or_folder(loader: Any, what: str, config: ModelConfig, **options: Any) -> Any:
+    name = config.model_name_or_path
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise ModelError(f"model folder {name} does not exist: give a model folder or a hub id")
+    try:
+        return loader.from_pretrained(
+            name, revision=config.revision, trust_remote_code=config.trust_remote_code, **options
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"cannot load the {what} of {name}: {reason}") from error
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """transformers draws a bar of its own for loading weights; ours is the only progress users see."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """PEFT asks transformers for an attribute by its deprecated name; users can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        yield
+
+
+@contextlib.contextmanager
+def lora(base: PreTrainedModel, config: LoraConfig, *, start: Path | None, seed: int) -> Iterator[PeftModel]:
+    """`base` with one trainable adapter, removed again at the end.
+
+    `start` is an adapter folder to take the weights from; `None` draws fresh ones (A random, B zero) from `seed`.
+    """
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    set_seed(seed)
+    peft_config = PeftLoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.target_modules,
+    )
+    try:
+        with _quiet_peft():
+            model = get_peft_model(base, peft_config)
+    except ValueError as error:
+        raise ModelError(f"lora.target_modules={config.target_modules!r} does not fit the model: {error}") from error
+    if start is not None:
+        _load_weights(model, start)
+    try:
+        yield model  # type: ignore[misc]
+    finally:
+        model.unload()
+        # PEFT leaves its config on the base and warns at the next adapter; we attach one after another on purpose.
+        if hasattr(base, "peft_config"):
+            del base.peft_config
+        base.requires_grad_(False).eval()
+
+
+def _load_weights(model: PeftModel, folder: Path) -> None:
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    result = set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))
+    if result.unexpected_keys:
+        raise ModelError(f"adapter {folder} does not fit the model: unexpected {result.unexpected_keys[0]}")
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """An ordinary PEFT adapter folder: adapter_config.json and adapter_model.safetensors."""
+    model.save_pretrained(str(folder), safe_serialization=True)
+    # PEFT's model card is an unfilled form; ours come from the run's own numbers.
+    (folder / "README.md").unlink(missing_ok=True)
+    _sort_target_modules(folder / "adapter_config.json")
+
+
+def _sort_target_modules(path: Path) -> None:
+    """PEFT writes a Python set in hash order, which differs from process to process."""
+    values = json.loads(path.read_text())
+    if isinstance(values.get("target_modules"), list):
+        values["target_modules"].sort()
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def load_adapters(base: PreTrainedModel, folders: dict[str, Path]) -> PeftModel:
+    """`base` with several frozen adapters, by name; the first one is active."""
+    from peft import PeftModel
+
+    model: PeftModel | None = None
+    for name, folder in folders.items():
+        try:
+            if model is None:
+                with _quiet_peft():
+                    model = PeftModel.from_pretrained(base, str(folder), adapter_name=name)
+            else:
+                model.load_adapter(str(folder), adapter_name=name)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ModelError(f"cannot load adapter {folder}: {str(error).splitlines()[0]}") from error
+    if model is None:
+        raise ModelError("no adapter to load")
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Trainable numbers of a model."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,118 @@
+"""The whole method, top to bottom. Each step is a stage of the run folder and a command of the same name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from gradientspace import comparison
+from gradientspace.baselines import make_baseline_groups, train_baseline, train_single
+from gradientspace.config import GradientSpaceConfig
+from gradientspace.grouping import Groups, gradient_groups
+from gradientspace.job import Job
+from gradientspace.models import lora
+from gradientspace.report import write_report
+from gradientspace.router import Router
+from gradientspace.run import Run, write_json
+
+
+def run(config: GradientSpaceConfig, until: str = "report") -> Run:
+    """Run the method on `config` up to the step `until`; what is already in the run folder is not done again."""
+    job = Job(Run.create(config.validate()))
+    with job.run.lock():
+        for name, step in STEPS.items():
+            step(job)
+            if name == until:
+                break
+    return job.run
+
+
+def read_data(job: Job) -> None:
+    """Rows -> tokenised samples with stable ids, every row accounted for."""
+    job.run.stage("data", lambda folder: write_json(folder / "accounting.json", job.data.accounting))
+
+
+def warm_up(job: Job) -> None:
+    """Stage I: a small adapter that makes gradients mean something (at initialisation LoRA's B is zero)."""
+    options = job.config.warmup
+    job.train(
+        "warmup", lambda: job.data.warmup, epochs=options.num_train_epochs, start=None, inputs=("data",),
+        learning_rate=options.learning_rate,
+    )  # fmt: skip
+
+
+def cluster(job: Job) -> None:
+    """Stage II: gradients stream into the clusterer."""
+    job.run.stage("clustering", lambda folder: make_groups(job, folder).write(folder, job.data), inputs=("warmup",))
+
+
+def make_groups(job: Job, folder: Path) -> Groups:
+    options = job.config.clustering
+    if options.method != "gradient":
+        assert isinstance(options.n_clusters, int)  # the config refuses "auto" here
+        return make_baseline_groups(job, options.method, options.n_clusters)
+    with lora(job.base, job.config.lora, start=job.run.path / "warmup", seed=job.config.seed) as model:
+        return gradient_groups(model, job.data, job.config, job.encoder, folder)
+
+
+def train_experts(job: Job) -> None:
+    """Stage III: what all samples share is learnt once from all of them, then one expert a cluster starts there."""
+    if job.config.experts.start == "shared":
+        job.train(
+            "shared", lambda: job.data.fit, epochs=job.shared_epochs, start=job.run.path / "warmup",
+            inputs=("warmup",),
+        )  # fmt: skip
+    job.train_experts("experts", Groups.read(job.run.path / "clustering"), inputs=("clustering",))
+
+
+def train_router(job: Job) -> None:
+    """An encoder that sees the prompt only, calibrated on dev_a."""
+
+    def make(folder: Path) -> None:
+        groups, data = Groups.read(job.run.path / "clustering"), job.data
+        router = Router(job.encoder, random_state=job.config.seed)
+        router.fit(
+            [s.prompt for s in data.fit], groups.fit,
+            [s.prompt for s in data.dev_a], groups.held_out[: len(data.dev_a)],
+        )  # fmt: skip
+        router.save(folder)
+
+    job.run.stage("router", make, inputs=("clustering",))
+
+
+def evaluate(job: Job) -> None:
+    """One adapter on the mix, and every baseline asked for, with the same start and tokens; then all on one table."""
+    train_single(job)
+    for name in job.config.evaluation.baselines:
+        train_baseline(job, name)
+    experts = [f"experts/{k}" for k in range(Groups.read(job.run.path / "clustering").n_clusters)]
+    job.run.stage(
+        "evaluation", lambda folder: comparison.evaluate(job, folder), inputs=("router", "single", *experts)
+    )
+
+
+def report(job: Job) -> None:
+    """One page that says what came out."""
+    write_report(job.run)
+
+
+STEPS: dict[str, Callable[[Job], None]] = {
+    "data": read_data,
+    "warmup": warm_up,
+    "cluster": cluster,
+    "experts": train_experts,
+    "router": train_router,
+    "eval": evaluate,
+    "report": report,
+}
+
+STAGES_OF: dict[str, tuple[str, ...]] = {
+    "data": ("data",),
+    "warmup": ("warmup",),
+    "cluster": ("clustering",),
+    "experts": ("shared", "experts"),
+    "router": ("router",),
+    "eval": ("evaluation",),
+    "report": (),
+}
+"""The folders of the run that each step makes."""

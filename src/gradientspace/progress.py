@@ -1,0 +1,95 @@
+"""Progress for people: a bar with an estimate on a terminal, plain lines elsewhere. Knows nothing of the method."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+PLAIN_INTERVAL = 10.0
+"""Seconds between two plain progress lines where the output is not a terminal."""
+
+
+def say(message: str) -> None:
+    """One line on stderr, which keeps stdout for results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """Counts work of known size. On a terminal a tqdm bar; else a line every `PLAIN_INTERVAL` seconds."""
+
+    def __init__(self, label: str, total: float, unit: str = "it") -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.done = 0.0
+        self._start = self._last = time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=label, unit=unit, leave=False, dynamic_ncols=True)
+
+    def advance(self, amount: float = 1) -> None:
+        self.done += amount
+        if self._bar is not None:
+            self._bar.update(amount)
+            return
+        now = time.monotonic()
+        if now - self._last >= PLAIN_INTERVAL:
+            self._last = now
+            rate = self.done / (now - self._start)
+            left = max(0.0, self.total - self.done) / rate if rate else float("inf")
+            say(f"  {self.label}: {self.done:.0f}/{self.total:.0f} {self.unit}, "
+                f"{rate:.1f} {self.unit}/s, about {left:.0f} s left")  # fmt: skip
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def track(items: Iterable[T], label: str, total: int, unit: str = "it") -> Iterator[T]:
+    """Iterate with progress."""
+    with Progress(label, total, unit) as progress:
+        for item in items:
+            yield item
+            progress.advance()
+
+
+class PeakMemory:
+    """Peak resident memory of this process while the block runs, in bytes, sampled every 50 ms."""
+
+    def __init__(self, interval: float = 0.05) -> None:
+        self.peak_bytes = 0
+        self._interval = interval
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self._stop.is_set():
+            self.peak_bytes = max(self.peak_bytes, resident_bytes())
+            self._stop.wait(self._interval)
+
+    def __enter__(self) -> PeakMemory:
+        self.peak_bytes = resident_bytes()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def resident_bytes() -> int:
+    """Resident set size of this process in bytes."""
+    import psutil  # a dependency of accelerate
+
+    return psutil.Process().memory_info().rss

@@ -1,0 +1,265 @@
+"""The run folder: atomic stages, a manifest with hashes, resume, a lock.
+
+A stage writes into `<folder>.partial`, which is renamed when complete and then entered in `manifest.json` with the
+SHA-256 of every file. A process killed at any instant therefore leaves either a complete, recorded stage or
+nothing that a later start would use. Files whose content changes from run to run (times, memory) live apart, in
+`VOLATILE`; everything else is the same bytes for the same config, data and machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gradientspace.config import GradientSpaceConfig, differences, load_config
+from gradientspace.errors import RunFolderError
+from gradientspace.progress import PeakMemory, say
+
+VOLATILE = ("stages.json", ".lock")
+SCHEMA = 1
+
+
+class Run:
+    """One run folder. Create it with `Run.create(config)` or open an existing one with `Run.open(path)`."""
+
+    def __init__(self, path: Path, config: GradientSpaceConfig) -> None:
+        self.path = path
+        self.config = config
+
+    @classmethod
+    def create(cls, config: GradientSpaceConfig) -> Run:
+        """The run folder of `config`, new or continued. Raises `RunFolderError` if it belongs to another config."""
+        path = config.run_folder
+        recorded = path / "config.yaml"
+        if recorded.is_file():
+            different = differences(_identity(load_config(recorded)), _identity(config))
+            if different:
+                raise RunFolderError(
+                    f"{path} belongs to another config ({'; '.join(different[:3])}"
+                    f"{'; …' if len(different) > 3 else ''}): choose another --name or remove the folder"
+                )
+        elif path.exists() and any(path.iterdir()):
+            raise RunFolderError(f"{path} exists and is not a run folder: choose another --name")
+        with _explain_os_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            if not recorded.is_file():
+                write_text(recorded, _config_header() + config.to_yaml())
+        return cls(path, config)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """An existing run folder. Raises `RunFolderError` if there is none."""
+        path = Path(path)
+        if not (path / "config.yaml").is_file():
+            raise RunFolderError(f"{path} is not a run folder (no config.yaml): start one with `gradientspace run`")
+        config = load_config(path / "config.yaml")
+        # The folder may have been moved or copied; where it lies now is what counts.
+        config.name, config.output_dir = path.resolve().name, str(path.parent)
+        return cls(path, config)
+
+    # ------------------------------------------------------------------ stages
+
+    def stage(self, name: str, make: Callable[[Path], Any], *, inputs: tuple[str, ...] = ()) -> Path:
+        """Make the stage `name` (a folder below the run) with `make(partial_folder)`, unless it is there already.
+
+        A recorded stage is used only if its inputs are the ones it was made from and its files still have their
+        recorded hashes; a damaged one is named and made again. Returns the stage's folder.
+        """
+        target = self.path / name
+        fingerprint = self._fingerprint(inputs)
+        if self._is_usable(name, fingerprint):
+            return target
+        partial = target.with_name(target.name + ".partial")
+        with _explain_os_errors(self.path):
+            try:
+                for stale in (partial, target):
+                    if stale.exists():
+                        shutil.rmtree(stale)
+                partial.mkdir(parents=True)
+                start, memory = time.perf_counter(), PeakMemory()
+                say(f"{name} ...")
+                with memory:
+                    make(partial)
+                _sync(partial)
+                partial.rename(target)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            seconds = time.perf_counter() - start
+            self._record(name, {"inputs": fingerprint, "files": _hashes(target)})
+            self._record_cost(name, {"seconds": round(seconds, 2), "peak_memory_bytes": memory.peak_bytes})
+        say(f"{name} done in {seconds:.1f} s")
+        return target
+
+    def has(self, name: str) -> bool:
+        return name in self.manifest()["stages"] and (self.path / name).is_dir()
+
+    def require(self, name: str, command: str) -> Path:
+        """The folder of a finished stage. Raises `RunFolderError` naming the command that makes it."""
+        if not self.has(name):
+            raise RunFolderError(f"{self.path} has no finished {name!r} yet: run `gradientspace {command}` first")
+        return self.path / name
+
+    def forget(self, *names: str) -> None:
+        """Drop the record of stages, and of all below them, so that the next start makes them again."""
+        manifest = self.manifest()
+        manifest["stages"] = {
+            stage: entry
+            for stage, entry in manifest["stages"].items()
+            if not any(stage == name or stage.startswith(name + "/") for name in names)
+        }
+        write_json(self.path / "manifest.json", manifest)
+
+    def _is_usable(self, name: str, fingerprint: dict[str, str]) -> bool:
+        entry = self.manifest()["stages"].get(name)
+        if entry is None or not (self.path / name).is_dir():
+            return False
+        if entry["inputs"] != fingerprint:
+            say(f"{name}: what it was made from has changed; made again")
+            return False
+        damaged = [f for f, digest in entry["files"].items() if _sha256(self.path / name / f) != digest]
+        if damaged:
+            say(f"{name}: {damaged[0]} is missing or damaged (its hash differs); made again")
+        return not damaged
+
+    def _fingerprint(self, inputs: tuple[str, ...]) -> dict[str, str]:
+        stages = self.manifest()["stages"]
+        missing = [i for i in inputs if i not in stages]
+        if missing:
+            raise RunFolderError(f"{self.path} lacks the stage {missing[0]!r}: run `gradientspace run` again")
+        return {i: digest(stages[i]["files"]) for i in inputs}
+
+    # ---------------------------------------------------------------- manifest
+
+    def manifest(self) -> dict[str, Any]:
+        path = self.path / "manifest.json"
+        if not path.is_file():
+            return {"schema": SCHEMA, "config": digest(_identity(self.config)), "stages": {}}
+        try:
+            manifest = json.loads(path.read_text())
+        except ValueError as error:
+            raise RunFolderError(f"{path} is damaged: remove it to make every stage again") from error
+        if manifest.get("schema") != SCHEMA:
+            raise RunFolderError(f"{path} has schema {manifest.get('schema')}; this version reads {SCHEMA}")
+        return manifest
+
+    def _record(self, name: str, entry: dict[str, Any]) -> None:
+        manifest = self.manifest()
+        manifest["stages"][name] = entry
+        write_json(self.path / "manifest.json", manifest)
+
+    def _record_cost(self, name: str, cost: dict[str, Any]) -> None:
+        path = self.path / "stages.json"
+        costs = json.loads(path.read_text()) if path.is_file() else {}
+        write_json(path, {**costs, name: cost})
+
+    # -------------------------------------------------------------------- lock
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Only one process works on a run folder. Raises `RunFolderError` if another one does."""
+        with _explain_os_errors(self.path), open(self.path / ".lock", "w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunFolderError(f"another process is working on {self.path}: wait for it or stop it") from error
+            yield
+
+
+# ---------------------------------------------------------------------- files
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or nothing: a temporary file beside it, synced, then renamed over it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON-able value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _hashes(folder: Path) -> dict[str, str | None]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): _sha256(p) for p in files}
+
+
+def _sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as handle:
+                os.fsync(handle.fileno())
+
+
+def _identity(config: GradientSpaceConfig) -> dict[str, Any]:
+    """The config without where the folder lies."""
+    return {k: v for k, v in config.to_dict().items() if k not in ("name", "output_dir")}
+
+
+def _config_header() -> str:
+    from gradientspace import __version__
+
+    return f"# Replays this run: gradientspace run config.yaml. Written by gradientspace {__version__}.\n"
+
+
+_OS_ERRORS = {
+    errno.ENOSPC: "the disk is full: free some space and start the same command again, finished stages are kept",
+    errno.EDQUOT: "the disk quota is used up: free some space and start the same command again",
+    errno.EACCES: "no permission to write: choose another --output-dir or change the permissions",
+    errno.EPERM: "no permission to write: choose another --output-dir or change the permissions",
+    errno.EROFS: "the file system is read-only: choose another --output-dir",
+    errno.EFBIG: "a file grew over the limit of the file system or the shell (ulimit -f)",
+    errno.ENOTDIR: "a part of the path is a file, not a folder: choose another --output-dir",
+}
+
+
+@contextlib.contextmanager
+def _explain_os_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk and its like into one clear line, also where a library wraps the system's error."""
+    try:
+        yield
+    except Exception as error:
+        number = _errno_of(error)
+        if number in _OS_ERRORS:
+            raise RunFolderError(f"cannot write to {path}: {_OS_ERRORS[number]}") from error
+        raise
+
+
+def _errno_of(error: BaseException) -> int | None:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    # safetensors and other Rust libraries report "... (os error 28)" in the text only.
+    text = str(error)
+    for number in _OS_ERRORS:
+        if f"os error {number})" in text:
+            return number
+    return None
