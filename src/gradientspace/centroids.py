@@ -1,0 +1,194 @@
+"""The moving part of the clusterer: centroids, basis and mean in one matrix, and the caches that move
+centroids."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradientspace.unit_rows import compute_dtype, no_direction_below, with_norms
+
+# Below this, |u - mean|^2 from inner products has lost too many digits: it is computed from the rows instead.
+CANCELLATION = 1e-3
+# An inner product this close to zero does not give a dominant singular vector its sign.
+SIGN_TOLERANCE = 1e-6
+
+
+@dataclass
+class Projection:
+    """A batch seen by the centroids. `rows` (b, D) raw, `scale` (b,) 1 / |x|, `length` (b,) of the centred
+    unit row, `valid` (b,), `cosine` (b, K) and `coordinates` (b, q) of the final unit rows, 0 where not
+    valid."""
+
+    rows: Tensor
+    scale: Tensor
+    length: Tensor
+    valid: Tensor
+    cosine: Tensor
+    coordinates: Tensor
+
+
+class Centroids:
+    """State of one online pass.
+
+    `matrix` (K + q + 1, D) holds centroids, basis and mean, so that everything a batch needs is one matrix
+    product. `caches` (K, n, D) hold unit rows ("svd"), or (K, D) their sums ("mean", "running"); `filled`
+    (K,) rows in each. `strengths` (K,) is the length of the sum behind each centroid, which only "running"
+    uses. `counts` (K,) rows streamed.
+    """
+
+    def __init__(
+        self,
+        centres: Tensor,
+        components: Tensor,
+        mean: Tensor | None,
+        strengths: Tensor,
+        *,
+        update: str,
+        momentum: float,
+        cache_size: int,
+        cache_dtype: torch.dtype,
+    ):
+        self.n_clusters, self.n_components = len(centres), len(components)
+        self.centred = mean is not None
+        self.update, self.momentum, self.cache_size = update, momentum, cache_size
+        tail = torch.zeros_like(centres[:1]) if mean is None else mean[None]
+        self.matrix = torch.cat([centres, components, tail])
+        if update == "svd":
+            shape, dtype = (self.n_clusters, cache_size, centres.shape[1]), cache_dtype
+        else:
+            shape, dtype = centres.shape, centres.dtype
+        self.caches = torch.zeros(shape, dtype=dtype, device=centres.device)
+        self.filled = torch.zeros(self.n_clusters, dtype=torch.int64)
+        self.counts = torch.zeros(self.n_clusters, dtype=torch.int64)
+        self.strengths = strengths.double().cpu()
+
+    @property
+    def centres(self) -> Tensor:
+        return self.matrix[: self.n_clusters]
+
+    @property
+    def components(self) -> Tensor:
+        return self.matrix[self.n_clusters : -1]
+
+    @property
+    def mean(self) -> Tensor:
+        return self.matrix[-1]
+
+    def project(self, rows: Tensor) -> Projection:
+        """One (b, D) x (D, K + q + 1) product; the (b, D) rows are neither copied nor changed."""
+        rows, norms, valid = with_norms(rows)
+        dtype = compute_dtype(self.matrix.dtype)
+        scale = (1.0 / norms).to(dtype)
+        if rows.dtype != dtype:
+            rows = rows.to(dtype)
+        values = (rows @ self.matrix.T) * scale[:, None]
+        length = torch.ones_like(scale)
+        if self.centred:
+            values, length = self._centre(rows, scale, values, valid)
+            valid = valid & (length > 0)
+        values = torch.where(valid[:, None], values[:, :-1], values.new_zeros(()))
+        return Projection(
+            rows, scale, length, valid, values[:, : self.n_clusters], values[:, self.n_clusters :]
+        )
+
+    def _centre(self, rows: Tensor, scale: Tensor, values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Inner products of (u - mean) / |u - mean| from those of u."""
+        shift = self.matrix @ self.mean
+        squares = 1.0 - 2.0 * values[:, -1] + shift[-1]
+        values = values - shift
+        close = ((squares < CANCELLATION) & valid).nonzero().squeeze(1)
+        if len(close):
+            centred = rows[close] * scale[close, None] - self.mean
+            squares[close] = centred.square().sum(dim=1)
+            values[close] = centred @ self.matrix.T
+        length = squares.clamp(min=0).sqrt()
+        length = torch.where(length > no_direction_below(length.dtype), length, torch.zeros_like(length))
+        return values / torch.where(length > 0, length, torch.ones_like(length))[:, None], length
+
+    def push(self, batch: Projection, labels: Tensor) -> None:
+        """Put the batch's unit rows into the caches of their clusters; every full cache moves its
+        centroid."""
+        for cluster in range(self.n_clusters):
+            index = (labels == cluster).nonzero().squeeze(1)
+            self.counts[cluster] += len(index)
+            while len(index):
+                fill = int(self.filled[cluster])
+                room = len(index) if self.update == "running" else self.cache_size - fill
+                self._store(cluster, fill, batch, index[:room])
+                index = index[room:]
+                if self.filled[cluster] == self.cache_size and self.update != "running":
+                    self._empty(cluster, self.momentum)
+        if self.update == "running":
+            self.flush()
+
+    def flush(self) -> None:
+        """Use the caches that hold n' of n rows, with weight m n' / n."""
+        for cluster in range(self.n_clusters):
+            if fill := int(self.filled[cluster]):
+                self._empty(cluster, self.momentum * fill / self.cache_size)
+
+    def _store(self, cluster: int, fill: int, batch: Projection, index: Tensor) -> None:
+        unit = batch.rows[index]
+        unit *= batch.scale[index, None]
+        if self.centred:
+            unit -= self.mean
+            unit /= batch.length[index, None]
+        if self.update == "svd":
+            self.caches[cluster, fill : fill + len(index)] = unit.to(self.caches.dtype)
+        else:
+            self.caches[cluster] += unit.sum(dim=0)
+        self.filled[cluster] += len(index)
+
+    def _empty(self, cluster: int, weight: float) -> None:
+        fill, self.filled[cluster] = int(self.filled[cluster]), 0
+        if self.update == "svd":
+            direction = dominant_direction(self.caches[cluster, :fill], self.centres[cluster])
+            self._move(cluster, direction, 1.0 - weight, weight)
+            return
+        total = self.caches[cluster].clone()
+        self.caches[cluster].zero_()
+        if self.update == "running":
+            self._move(cluster, total, float(self.strengths[cluster]), 1.0)
+            return
+        length = torch.linalg.vector_norm(total)
+        if length > 0:
+            self._move(cluster, total / length, 1.0 - weight, weight)
+
+    def _move(self, cluster: int, direction: Tensor, keep: float, weight: float) -> None:
+        moved = keep * self.centres[cluster] + weight * direction
+        length = float(torch.linalg.vector_norm(moved))
+        # Two opposite vectors of equal weight leave no direction: the centroid stays.
+        if length > no_direction_below(moved.dtype):
+            self.matrix[cluster] = moved / length
+            self.strengths[cluster] = length
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            "matrix": self.matrix,
+            "caches": self.caches,
+            "filled": self.filled,
+            "counts": self.counts,
+            "strengths": self.strengths,
+        }
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        self.matrix, self.caches = tensors["matrix"], tensors["caches"]
+        self.filled, self.counts = tensors["filled"].cpu(), tensors["counts"].cpu()
+        self.strengths = tensors["strengths"].cpu()
+
+
+def dominant_direction(rows: Tensor, centre: Tensor) -> Tensor:
+    """Dominant right singular vector v (D,) of the unit rows (n, D), through their n x n Gram matrix.
+
+    Signed so that <v, mean row> >= 0; where that is within 1e-6 of zero, so that <v, centre> >= 0.
+    """
+    rows = rows.to(compute_dtype(rows.dtype))
+    values, vectors = torch.linalg.eigh((rows @ rows.T).double())
+    weights = vectors[:, -1] / values[-1].clamp(min=1e-300).sqrt()
+    direction = weights.to(rows.dtype) @ rows
+    # <v, mean> = (1/n) sum_i <v, x_i> = (1/n) sqrt(lambda) sum_i w_i for unit-norm eigenvector w.
+    agreement = float(vectors[:, -1].sum() * values[-1].sqrt()) / len(rows)
+    if abs(agreement) <= SIGN_TOLERANCE:
+        agreement = float(direction @ centre)
+    return -direction if agreement < 0 else direction
