@@ -23,7 +23,7 @@ def routing_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     """The text the router reads of a plain prompt or of messages `[{"role": ..., "content": ...}, ...]`.
 
     `content` is a string or OpenAI-style parts, of which the text parts are read. Blank turns are skipped,
-    outer white space is stripped, an empty prompt gives "". `routing_text(routing_text(x)) == routing_text(x)`.
+    outer white space is stripped, an empty prompt gives "". Reading a text twice changes nothing more.
     Raises `DataError` for anything else.
     """
     text = prompt if isinstance(prompt, str) else _conversation_text(prompt)
