@@ -144,7 +144,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """A json array, element by element so that a fault has a row number; anything else as json lines."""
     data = path.read_bytes()
     _refuse_utf16(data, path)
-    text = _decode(data.removeprefix(codecs.BOM_UTF8), path)
+    text = _decode(data.removeprefix(codecs.BOM_UTF8), path, at_line=True)
     if not text.lstrip().startswith("["):
         yield from _json_values(text, path)
         return
@@ -228,8 +228,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                         "quote the text"
                     )
                 yield number, dict(zip(header, record, strict=True)) if record else {}
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text after row {number}: {error.reason}") from error
+    except UnicodeDecodeError:
+        _decode(path.read_bytes(), path, at_line=True)
+        raise
     except csv.Error as error:
         raise DataError(f"{path}, row {number + 1} is not valid CSV: {error}") from error
     finally:
@@ -298,11 +299,14 @@ def _refuse_utf16(head: bytes, path: Path) -> None:
         raise DataError(f"{path} is UTF-16 text: save it as UTF-8")
 
 
-def _decode(data: bytes, path: Path, where: str = "") -> str:
+def _decode(data: bytes, path: Path, where: str = "", *, at_line: bool = False) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text{where}: {error.reason} (byte {error.start})") from error
+        if at_line:
+            line = data.count(b"\n", 0, error.start) + 1
+            where = f" at line {line}"
+        raise DataError(f"{path} is not UTF-8 text{where}: {error.reason}") from error
 
 
 _READERS = {

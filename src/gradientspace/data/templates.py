@@ -16,8 +16,8 @@ Three things hold for every sample, by construction or by a check:
 - the end-of-turn token is supervised: the special token that closes the turn in the chat template, the
   end-of-sequence token where nothing closes it (plain template, and chat templates that forget it);
 - the tokens of a prompt, tokenised alone as inference does, are a prefix of the sample's at every assistant
-  turn. A chat is tokenised as a whole and its prefixes are compared; where a token straddles a boundary, and
-  always in the plain template, the pieces are tokenised one by one instead;
+  turn. The plain template tokenises its pieces one by one. A chat is tokenised as a whole and its prefixes
+  are compared; where a token would straddle a boundary, tokenising begins anew there;
 - a begin token stands in front only where the tokenizer (plain) or its template (chat) puts one, and once. In
   the plain template text that merely looks like a special token (`<s>` in HTML) stays text.
 """
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from gradientspace.data.sample import IGNORE_INDEX
@@ -49,6 +50,8 @@ _ANSWER_PROBE = "gradientspace-answer-probe"
 class _Piece(NamedTuple):
     text: str
     supervised: bool
+    closed: bool = False
+    """An assistant turn that ends with a special token of the template."""
     add_eos: bool = False
 
 
@@ -106,15 +109,12 @@ class Template:
         """Ids and labels of each conversation, not truncated; `wheres` name rows in errors (`DataError`)."""
         encoded: list[Encoded | None] = [None] * len(conversations)
         chats = [i for i, row in enumerate(conversations) if self.kind == "chat" and not row.is_text]
-        pieces = {i: self._chat_pieces(conversations[i], wheres[i]) for i in chats}
-        for i, pair in zip(chats, self._encode_whole(list(pieces.values())), strict=True):
-            encoded[i] = pair
-        rest = [i for i, pair in enumerate(encoded) if pair is None and i in pieces]
-        for i, pair in zip(rest, self._encode_pieces([pieces[i] for i in rest]), strict=True):
+        pieces = [self._chat_pieces(conversations[i], wheres[i]) for i in chats]
+        for i, pair in zip(chats, self._encode_chats(pieces), strict=True):
             encoded[i] = pair
         plain = [i for i, pair in enumerate(encoded) if pair is None]
-        lists = [self._plain_pieces(conversations[i]) for i in plain]
-        for i, (ids, labels) in zip(plain, self._encode_pieces(lists, literal=True), strict=True):
+        pieces = [self._plain_pieces(conversations[i]) for i in plain]
+        for i, (ids, labels) in zip(plain, self._encode_plain(pieces), strict=True):
             front = self._front(is_text=conversations[i].is_text)
             encoded[i] = (front + ids, [IGNORE_INDEX] * len(front) + labels)
         return [pair for pair in encoded if pair is not None]
@@ -126,10 +126,12 @@ class Template:
         """
         messages = [_user(prompt)] if isinstance(prompt, str) else [dict(message) for message in prompt]
         if self.kind == "chat":
-            text = self._render(self._with_system(messages), "the prompt", add_generation_prompt=True)
-            return self._tokenise([text])[0]
+            turns = self._with_system(messages)
+            text = self._render(turns, "the prompt", add_generation_prompt=True)
+            pieces = self._cut(text, turns, [False] * len(turns), "the prompt")
+            return self._encode_chats([pieces])[0][0]
         row = Conversation.of([*messages, {"role": "assistant", "content": ""}])
-        ids, _ = self._encode_pieces([self._plain_pieces(row)[:-1]], literal=True)[0]
+        ids, _ = self._encode_plain([self._plain_pieces(row)[:-1]])[0]
         return self._front() + ids
 
     def _plain_pieces(self, row: Conversation) -> list[_Piece]:
@@ -149,12 +151,18 @@ class Template:
         return pieces
 
     def _chat_pieces(self, row: Conversation, where: str) -> list[_Piece]:
-        """Cut the rendered chat where assistant turns begin (after the generation prompt) and end."""
         messages = self._with_system(row.messages)
-        text = self._render(messages, where)
-        supervised = row.supervised_turns()
+        pieces = self._cut(self._render(messages, where), messages, row.supervised_turns(), where)
+        if pieces[-2].closed:
+            return pieces
+        return [*pieces[:-2], pieces[-2]._replace(add_eos=True)]
+
+    def _cut(
+        self, text: str, messages: list[dict[str, Any]], supervised: list[bool], where: str
+    ) -> list[_Piece]:
+        """Cut a rendered chat before (after the generation prompt) and after every assistant turn."""
         pieces: list[_Piece] = []
-        closing, position = None, 0
+        position = 0
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         for turn, i in enumerate(answers):
             content = messages[i]["content"].strip()
@@ -166,38 +174,45 @@ class Template:
                     f"{turn + 1} is no prefix of the conversation: set data.template to 'plain'"
                 )
             start = max(len(prompt), position) if i else found
-            end = found + len(content)
-            closing = self._closing.match(text, end)
-            end = closing.end() if closing else end
-            pieces += [_Piece(text[position:start], False), _Piece(text[start:end], supervised[turn])]
+            closing = self._closing.match(text, found + len(content))
+            end = closing.end() if closing else found + len(content)
+            pieces.append(_Piece(text[position:start], False))
+            pieces.append(_Piece(text[start:end], supervised[turn], closed=closing is not None))
             position = end
-        if closing is None:
-            return [*pieces[:-1], pieces[-1]._replace(add_eos=True)]
         return [*pieces, _Piece(text[position:], False)]
 
-    def _encode_whole(self, rows: list[list[_Piece]]) -> list[Encoded | None]:
-        """Tokenise each row's text at once; None where a piece does not begin and end between two tokens."""
-        prefixes: list[str] = []
-        for pieces in rows:
-            text = ""
-            for piece in pieces:
-                text += piece.text
-                prefixes.append(text)
+    def _encode_chats(self, rows: list[list[_Piece]]) -> list[Encoded]:
+        """Tokenise a row as a whole where every piece ends between two tokens, else from left to right."""
+        prefixes = [text for pieces in rows for text in accumulate(piece.text for piece in pieces)]
         ids = iter(self._tokenise(prefixes))
-        encoded: list[Encoded | None] = []
+        encoded: list[Encoded] = []
         for pieces in rows:
             bounds = [next(ids) for _ in pieces]
-            whole = bounds[-1]
-            if any(whole[: len(bound)] != bound for bound in bounds):
-                encoded.append(None)
-                continue
-            parts = [whole[len(a) : len(b)] for a, b in zip([[], *bounds], bounds, strict=False)]
-            encoded.append(self._join(pieces, parts))
+            if all(bounds[-1][: len(bound)] == bound for bound in bounds):
+                parts = [bounds[-1][len(a) : len(b)] for a, b in zip([[], *bounds], bounds, strict=False)]
+                encoded.append(self._join(pieces, parts))
+            else:
+                encoded.append(self._encode_straddling(pieces))
         return encoded
 
-    def _encode_pieces(self, rows: list[list[_Piece]], *, literal: bool = False) -> list[Encoded]:
-        """Tokenise piece by piece; `literal` reads special tokens in the text as text."""
-        ids = iter(self._tokenise([piece.text for pieces in rows for piece in pieces], literal=literal))
+    def _encode_straddling(self, pieces: list[_Piece]) -> Encoded:
+        """Tokenise from left to right, anew after every piece that its follower would change.
+
+        What a piece becomes depends on nothing behind it, so a prompt's tokens stay a prefix.
+        """
+        parts: list[list[int]] = []
+        text, ids = "", []
+        for piece in pieces:
+            longer = self._tokenise([text + piece.text])[0]
+            if longer[: len(ids)] != ids:
+                text, ids, longer = "", [], self._tokenise([piece.text])[0]
+            parts.append(longer[len(ids) :])
+            text, ids = text + piece.text, longer
+        return self._join(pieces, parts)
+
+    def _encode_plain(self, rows: list[list[_Piece]]) -> list[Encoded]:
+        """Tokenise piece by piece, special tokens in the text as text."""
+        ids = iter(self._tokenise([piece.text for pieces in rows for piece in pieces], literal=True))
         return [self._join(pieces, [next(ids) for _ in pieces]) for pieces in rows]
 
     def _join(self, pieces: list[_Piece], parts: list[list[int]]) -> Encoded:
