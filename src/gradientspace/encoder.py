@@ -51,6 +51,10 @@ class EncoderSource:
 
 def resolve_encoder(name_or_path: str) -> EncoderSource:
     """Find an encoder without touching the network. Raises `ModelError` where it cannot be had."""
+    if not name_or_path.strip():
+        raise ModelError(
+            f"the encoder's name is empty: give a model folder or a hub id, say {DEFAULT_ENCODER}"
+        )
     if Path(name_or_path).expanduser().is_dir():
         folder = Path(name_or_path).expanduser()
         if not _has_weights(folder):

@@ -50,7 +50,7 @@ class Head(Protocol):
 class RidgeHead:
     """Ridge map onto gradient coordinates with the nearest centroid: the score is the cosine to the centroid.
 
-    `coefficients`: (e + 1, q), the intercept last; `centres`: (K, q) unit rows: `coefficients_` and `centres_`
+    `coefficients`: (e + 1, q), the intercept last; `centres`: (K, q) unit rows; `coefficients_`, `centres_`
     of a fitted `gradientspace.routable.RoutableMap`.
     """
 
@@ -243,9 +243,9 @@ class Router:
                 threshold=settings["threshold"],
                 random_state=settings["random_state"],
             )
-            router.n_clusters = settings["n_clusters"]
-            router.temperature_ = settings["temperature"]
-            router.n_calibration_ = settings["n_calibration"]
+            router.n_clusters = int(settings["n_clusters"])
+            router.temperature_ = float(settings["temperature"])
+            router.n_calibration_ = int(settings["n_calibration"])
             if settings["head"] == RidgeHead.name:
                 router.head = router.head_ = RidgeHead(tensors["coefficients"], tensors["centres"])
             else:

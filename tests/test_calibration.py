@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+
+from gradientspace.calibration import (
+    calibrated_probabilities,
+    coverage_curve,
+    expected_calibration_error,
+    fit_temperature,
+    negative_log_likelihood,
+    select_threshold,
+)
+from gradientspace.errors import DataError
+
+
+def planted(n=2_000, n_classes=4, scale=1.0, seed=0):
+    """Scores, and labels drawn from their softmax; the scores are then multiplied by `scale`."""
+    rng = np.random.default_rng(seed)
+    scores = 2 * rng.standard_normal((n, n_classes))
+    p = calibrated_probabilities(scores, 1.0)
+    labels = (p.cumsum(axis=1) > rng.random((n, 1))).argmax(axis=1)
+    return scale * scores, labels
+
+
+@pytest.mark.parametrize("scale", [0.2, 1.0, 8.0])
+def test_the_planted_temperature_is_found_and_calibrates(scale):
+    scores, labels = planted(scale=scale)
+    temperature = fit_temperature(scores, labels)
+    assert temperature == pytest.approx(scale, rel=0.1)
+    before, after = (negative_log_likelihood(scores, labels, t) for t in (1.0, temperature))
+    assert after <= before + 1e-6
+    fresh, fresh_labels = planted(20_000, scale=scale, seed=1)
+    assert expected_calibration_error(calibrated_probabilities(fresh, temperature), fresh_labels) < 0.02
+
+
+def test_temperature_does_not_change_the_choice():
+    scores, labels = planted(scale=5.0)
+    p = calibrated_probabilities(scores, fit_temperature(scores, labels))
+    np.testing.assert_array_equal(p.argmax(axis=1), scores.argmax(axis=1))
+    np.testing.assert_allclose(p.sum(axis=1), 1)
+
+
+def test_being_always_right_is_not_certainty():
+    labels = np.arange(50) % 3
+    p = calibrated_probabilities(5.0 * np.eye(3)[labels], fit_temperature(5.0 * np.eye(3)[labels], labels))
+    assert p.max(axis=1) == pytest.approx(1 - 1 / 52, abs=1e-4)  # the rule of succession
+
+
+def test_nothing_to_calibrate():
+    assert fit_temperature(np.zeros((0, 3)), np.zeros(0, int)) == 1.0
+    assert fit_temperature(np.zeros((5, 1)), np.zeros(5, int)) == 1.0
+
+
+def test_calibration_error_of_known_cases():
+    sure, half = np.array([[1.0, 0.0]] * 4), np.array([[0.75, 0.25]] * 4)
+    assert expected_calibration_error(sure, np.array([0, 0, 0, 0])) == 0
+    assert expected_calibration_error(sure, np.array([1, 1, 1, 1])) == 1
+    assert expected_calibration_error(half, np.array([0, 0, 0, 1]), n_bins=1) == 0
+    # Two bins: 0.6 sure and always right, 0.9 sure and always wrong.
+    mixed = np.array([[0.6, 0.4]] * 3 + [[0.9, 0.1]] * 3)
+    assert expected_calibration_error(mixed, np.array([0, 0, 0, 1, 1, 1]), n_bins=2) == pytest.approx(0.65)
+    with pytest.raises(DataError, match="at least one prompt"):
+        expected_calibration_error(np.zeros((0, 2)), np.zeros(0))
+
+
+def losses(n, unsure_cost, seed=0):
+    """Two experts; where the router is unsure, its choice costs `unsure_cost` more than the fallback."""
+    rng = np.random.default_rng(seed)
+    confidence = rng.uniform(0.5, 1.0, n)
+    fallback = rng.normal(2.0, 0.5, n)
+    routed = fallback + rng.normal(-0.05, 0.1, n) + unsure_cost * (confidence < 0.6)
+    return np.stack([confidence, 1 - confidence], axis=1), np.stack([routed, routed + 1], axis=1), fallback
+
+
+def test_a_threshold_is_set_where_unsure_prompts_lose():
+    p, expert_losses, fallback = losses(500, unsure_cost=0.5)
+    choice = select_threshold(p, expert_losses, fallback)
+    assert choice.threshold == pytest.approx(0.6, abs=0.03)
+    assert choice.coverage == pytest.approx((p[:, 0] >= choice.threshold).mean())
+    routed = np.where(p[:, 0] < choice.threshold, fallback, expert_losses[:, 0])
+    assert choice.loss == pytest.approx(routed.mean())
+    assert choice.loss_without - choice.loss == pytest.approx(choice.saving)
+    assert choice.saving > 0
+
+
+def test_no_threshold_where_none_helps_nor_where_it_is_luck():
+    assert select_threshold(*losses(500, unsure_cost=0.0)) is None
+    chosen = 0
+    for seed in range(200):
+        p, expert_losses, fallback = losses(200, unsure_cost=0.0, seed=seed)
+        expert_losses += 0.05  # experts exactly level with the fallback, everywhere
+        chosen += select_threshold(p, expert_losses, fallback) is not None
+    assert chosen <= 18  # 5 % of 200, and chance above it
+
+
+def test_losses_of_the_wrong_shape_or_not_finite_are_refused():
+    p, expert_losses, fallback = losses(20, 0.0)
+    with pytest.raises(DataError, match=r"\(20, 2\)"):
+        coverage_curve(p, expert_losses[:, :1], fallback)
+    with pytest.raises(DataError, match="finite"):
+        coverage_curve(p, expert_losses, fallback * np.nan)
+    with pytest.raises(DataError, match="at least 2"):
+        coverage_curve(p[:1], expert_losses[:1], fallback[:1])
