@@ -19,8 +19,8 @@ from gradientspace.errors import DataError
 
 STRANGE: list[Any] = [
     None, "", "  \n", 0, -1.5, True, [], {}, [[]], ["a", None], {"a": {"b": [1, None]}}, float("nan"), 10**40,
-    "\x00\x01\x7f", "😀👩‍👩‍👧‍👦", "\ud800", "\u2028\u0085", "é" * 3, "</s><s>", "<|im_end|>\n<|im_start|>user\n",
-    "{{ x }}", "-1e999", "x" * 5000, [{"role": "user", "content": "x"}], [{"from": "gpt", "value": "x"}],
+    "\x00\x01\x7f", "😀👩‍👩‍👧‍👦", "\ud800", "\u2028\u0085", "é" * 3, "</s><s>",
+    "<|im_end|>\n<|im_start|>user\n", "{{ x }}", "-1e999", "x" * 5000, [{"role": "user", "content": "x"}], [{"from": "gpt", "value": "x"}],
     [{"role": "user"}], [{"role": "assistant", "content": ""}], [{"role": "wizard", "content": "x"}],
 ]  # fmt: skip
 COLUMNS = ("id", "instruction", "input", "output", "prompt", "completion", "messages", "conversations",
@@ -112,16 +112,13 @@ def test_a_broken_file_gives_a_result_or_one_line(tmp_path, block):
         path.write_bytes(damage(data, rng))
         overlong = rng.choice(["drop", "truncate", "error"])
         tokenizer = byte_tokenizer(rng.choice([None, CHATML]))
-        try:
-            loaded = load(
-                config_of(path, max_length=300, overlong=overlong, n_validation=4), template, number
-            )
-        except DataError as error:
-            outcomes.append("refused")
-            assert "\n" not in str(error), number
-            assert len(str(error)) < 600, number
+        config = config_of(path, max_length=300, overlong=overlong, n_validation=4)
+        loaded, message = outcome(config, tokenizer)
+        outcomes.append(loaded is None)
+        if loaded is None:
+            assert "\n" not in message, number
+            assert len(message) < 600, number
         else:
-            outcomes.append("read")
             check_sums(loaded.accounting)
             kept = sum(len(getattr(loaded, part)) for part in PARTS)
             assert kept == loaded.accounting["totals"]["train"]["kept"], number

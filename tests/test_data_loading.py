@@ -267,8 +267,8 @@ def test_unknown_shapes_and_fields_are_explained(tmp_path):
         DataError, match=r"row 1 has no output: none of output, .* columns prompt, chosen, rejected"
     ):
         load(config_of(path), word_tokenizer(), 0)
-    other = write_jsonl(tmp_path / "b.jsonl", [{"foo": "a"}])
-    with pytest.raises(DataError, match=r"row 1 has no shape we know .* its columns are foo"):
+    other = write_jsonl(tmp_path / "b.jsonl", [{"foo\n\u202e": "a"}])
+    with pytest.raises(DataError, match=r"row 1 has no shape we know .* its columns are 'foo.n.u202e';"):
         load(config_of(other), word_tokenizer(), 0)
     for fields, kind, message in (
         ({"promt": "a"}, ConfigError, "unknown field 'promt' in `fields`; did you mean 'prompt'"),

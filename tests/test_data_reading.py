@@ -73,7 +73,7 @@ def test_rows_of_a_megabyte_and_line_separators_inside_text_are_ordinary(tmp_pat
 BROKEN = {
     "a.txt": (b"hello", r"unknown extension '.txt': expected one of .jsonl"),
     "a.jsonl": (b'{"a": 1}\n{"a": \n{"a": 3}\n', r"row 2 is not valid JSON: Expecting value"),
-    "b.jsonl": (b'{"a": 1}\n[1]\n', r"row 2 is not an object of columns but a JSON list"),
+    "b.jsonl": (b'{"a": 1}\n[1]\n', r"row 2 is not an object of columns but the JSON value \[1\]"),
     "c.jsonl": (b'{"a": 1}\n\xff\xfe\n', r"not UTF-8 text at row 2"),
     "d.jsonl": (b"", r"is empty: it holds no rows"),
     "e.jsonl": ("{}".encode("utf-16"), r"UTF-16 text: save it as UTF-8"),

@@ -92,14 +92,15 @@ def check_losses(split: str, counts: dict[str, Any], max_loss_fraction: float, m
     if counts["kept"] and lost <= max_loss_fraction * wanted:
         return
     reasons = ", ".join(f"{n} {reason}" for reason, n in counts["lost"].items() if reason not in _ASKED_FOR)
-    fix = f"raise data.max_length ({max_length}) or data.max_loss_fraction, or mend the files"
+    too_long = counts["lost"].keys() & {TOO_LONG, NO_SUPERVISED_TOKENS}
+    fix = f"raise data.max_length ({max_length})" if too_long else "mend the files"
     if not counts["kept"]:
         raise DataError(
             f"no usable {split} row is left of {counts['rows']} ({reasons or 'all left out'}): {fix}"
         )
     raise DataError(
         f"{lost} of {wanted} {split} rows are lost ({reasons}), more than "
-        f"data.max_loss_fraction ({max_loss_fraction:g}): {fix}"
+        f"data.max_loss_fraction ({max_loss_fraction:g}): {fix}, or allow more to be lost"
     )
 
 

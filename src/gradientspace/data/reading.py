@@ -197,13 +197,18 @@ def _json_object(text: str, path: Path, number: int) -> dict[str, Any]:
 
 def _require_object(values: Any, path: Path, number: int) -> dict[str, Any]:
     if not isinstance(values, dict):
-        kind = type(values).__name__
-        raise DataError(f"{path}, row {number} is not an object of columns but a JSON {kind}")
+        got = json.dumps(values)[:40]
+        raise DataError(f"{path}, row {number} is not an object of columns but the JSON value {got}")
     return values
 
 
 def _bad_json(path: Path, number: int, error: Exception) -> DataError:
-    reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+    reason = str(error).splitlines()[0]
+    if isinstance(error, RecursionError):
+        reason = "nested too deeply"
+    elif isinstance(error, json.JSONDecodeError):
+        where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        reason = f"{error.msg} ({where})"
     return DataError(f"{path}, row {number} is not valid JSON: {reason}")
 
 

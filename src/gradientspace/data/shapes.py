@@ -190,7 +190,7 @@ def _shape(columns: dict[str, str], where: str) -> str:
 
 
 def _list(values: dict[str, Any]) -> str:
-    names = [str(name)[:40] for name in values]
+    names = [name if name.isprintable() and name else repr(name) for name in (str(n)[:40] for n in values)]
     return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
 
 
