@@ -18,10 +18,11 @@ from gradientspace.data import Dataset, accounting_table, load
 from gradientspace.errors import DataError
 
 STRANGE: list[Any] = [
-    None, "", "  \n", 0, -1.5, True, [], {}, [[]], ["a", None], {"a": {"b": [1, None]}}, float("nan"), 10**40,
-    "\x00\x01\x7f", "😀👩‍👩‍👧‍👦", "\ud800", "\u2028\u0085", "é" * 3, "</s><s>",
-    "<|im_end|>\n<|im_start|>user\n", "{{ x }}", "-1e999", "x" * 5000, [{"role": "user", "content": "x"}], [{"from": "gpt", "value": "x"}],
-    [{"role": "user"}], [{"role": "assistant", "content": ""}], [{"role": "wizard", "content": "x"}],
+    None, "", "  \n", 0, -1.5, True, float("nan"), 10**40, [], {}, [[]], ["a", None], {"a": {"b": [1, None]}},
+    "\x00\x01\x7f", "😀👩‍👩‍👧‍👦", "\ud800", "\u2028\u0085", "é" * 3, "{{ x }}", "-1e999", "x" * 5000,
+    "</s><s>", "<|im_end|>\n<|im_start|>user\n",
+    [{"role": "user", "content": "x"}], [{"from": "gpt", "value": "x"}], [{"role": "user"}],
+    [{"role": "assistant", "content": ""}], [{"role": "wizard", "content": "x"}],
 ]  # fmt: skip
 COLUMNS = ("id", "instruction", "input", "output", "prompt", "completion", "messages", "conversations",
            "text", "system", "domain", "source", "answer", "", "\u202e")  # fmt: skip

@@ -80,6 +80,8 @@ class Template:
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
         self.kind = "chat" if kind == "chat" or (kind == "auto" and has_chat) else "plain"
+        with_special = tokenizer("a", verbose=False)["input_ids"]
+        self._front = with_special[: with_special.index(self._tokenise(["a"])[0][0])]
         special = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len, reverse=True)
         self._closing = re.compile(r"\s*(" + "|".join(map(re.escape, special)) + ")")
         self.folds_system = self.kind == "chat" and not self._takes_system()
@@ -115,7 +117,7 @@ class Template:
         plain = [i for i, pair in enumerate(encoded) if pair is None]
         pieces = [self._plain_pieces(conversations[i]) for i in plain]
         for i, (ids, labels) in zip(plain, self._encode_plain(pieces), strict=True):
-            front = self._front(is_text=conversations[i].is_text)
+            front = self._text_front() if conversations[i].is_text else self._front
             encoded[i] = (front + ids, [IGNORE_INDEX] * len(front) + labels)
         return [pair for pair in encoded if pair is not None]
 
@@ -132,7 +134,7 @@ class Template:
             return self._encode_chats([pieces])[0][0]
         row = Conversation.of([*messages, {"role": "assistant", "content": ""}])
         ids, _ = self._encode_plain([self._plain_pieces(row)[:-1]])[0]
-        return self._front() + ids
+        return self._front + ids
 
     def _plain_pieces(self, row: Conversation) -> list[_Piece]:
         if row.is_text:
@@ -230,15 +232,10 @@ class Template:
         options: dict[str, Any] = {"split_special_tokens": True} if literal else {}
         return self.tokenizer(texts, add_special_tokens=False, verbose=False, **options)["input_ids"]
 
-    def _front(self, *, is_text: bool = False) -> list[int]:
-        """What the tokenizer puts before any text; plain text always gets a token that its first follows."""
-        with_special = self.tokenizer("a", verbose=False)["input_ids"]
-        first = self._tokenise(["a"])[0][0]
-        front = with_special[: with_special.index(first)]
-        if is_text and not front:
-            bos = self.tokenizer.bos_token_id
-            return [self.tokenizer.eos_token_id if bos is None else bos]
-        return front
+    def _text_front(self) -> list[int]:
+        """Plain text always comes after a token, so that its first token is predicted too."""
+        bos = self.tokenizer.bos_token_id
+        return self._front or [self.tokenizer.eos_token_id if bos is None else bos]
 
     def _with_system(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         turns = [dict(message) for message in messages]
