@@ -24,6 +24,7 @@ from gradientspace.encoder import Encoder
 from gradientspace.evaluation import variance_shares
 from gradientspace.gradients import GradientBatch, PerSampleGradients
 from gradientspace.progress import Progress, say
+from gradientspace.routable import RoutableMap
 from gradientspace.run import write_json
 
 if TYPE_CHECKING:
@@ -123,7 +124,8 @@ def gradient_groups(
         fit = _learn(engine, clusterer, data.fit, config)
         online = fit.cluster.copy()
         if options.target == "routable" and clusterer.n_clusters_ > 1:
-            fit.cluster = _make_routable(clusterer, fit, encoder.encode([s.prompt for s in data.fit]), config)
+            embeddings = encoder.encode([s.prompt for s in data.fit])
+            _make_routable(clusterer, fit, embeddings, options, config.seed).save(folder / "routable")
         judged, variance = _judge(engine, clusterer, held_out(data), config)
     clusterer.save(folder)
     fit.write(folder / "assignments.parquet", data.fit, online_cluster=online)
@@ -221,10 +223,16 @@ def _judge(
 
 
 def _make_routable(
-    clusterer: OnlineSVDClusterer, table: PassTable, embeddings: np.ndarray, config: GradientSpaceConfig
-) -> np.ndarray:
-    """Cluster what the prompt predicts of each gradient; the centroids are lifted back to full dimension."""
-    raise NotImplementedError
+    clusterer: OnlineSVDClusterer, table: PassTable, embeddings: np.ndarray, options: ClusteringConfig, seed: int
+) -> RoutableMap:
+    """Cluster what the prompt predicts of each gradient; its centroids, lifted back, replace the online ones."""
+    routable = RoutableMap(clusterer.n_clusters_, alpha=options.ridge, n_init=options.n_init, random_state=seed)
+    usable = table.cluster >= 0
+    routable.fit(embeddings, np.where(usable[:, None], table.coordinates, 0))
+    table.cluster = np.asarray(routable.labels_)
+    clusterer.replace_centers(routable.lift(clusterer.components_))
+    say(f"  the prompt predicts {100 * routable.explained_:.1f} % of the coordinates' variance (out of fold)")
+    return routable
 
 
 def _batches(

@@ -12,7 +12,8 @@ from gradientspace.grouping import Groups, gradient_groups
 from gradientspace.job import Job
 from gradientspace.models import lora
 from gradientspace.report import write_report
-from gradientspace.router import Router
+from gradientspace.routable import RoutableMap
+from gradientspace.router import RidgeHead, Router
 from gradientspace.run import Run, write_json
 
 
@@ -70,7 +71,7 @@ def train_router(job: Job) -> None:
 
     def make(folder: Path) -> None:
         groups, data = Groups.read(job.run.path / "clustering"), job.data
-        router = Router(job.encoder, random_state=job.config.seed)
+        router = Router(job.encoder, router_head(job), random_state=job.config.seed)
         router.fit(
             [s.prompt for s in data.fit], groups.fit,
             [s.prompt for s in data.dev_a], groups.held_out[: len(data.dev_a)],
@@ -78,6 +79,13 @@ def train_router(job: Job) -> None:
         router.save(folder)
 
     job.run.stage("router", make, inputs=("clustering",))
+
+
+def router_head(job: Job) -> str | RidgeHead:
+    if job.config.router.head == "logistic":
+        return "logistic"
+    routable = RoutableMap.load(job.run.path / "clustering/routable")
+    return RidgeHead(routable.coefficients_, routable.centres_)
 
 
 def evaluate(job: Job) -> None:
