@@ -199,6 +199,20 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         """Coordinates V u (b, q) of each row's unit vector in the dominant subspace."""
         return self.assign(X).coordinates
 
+    def replace_centers(self, centers: Rows) -> "OnlineSVDClusterer":
+        """Go on with other unit centroids (K', D), for example those of a clustering of coordinates, lifted back.
+
+        Basis and mean stay; caches and counts start empty.
+        """
+        state = self._fitted_state()
+        centres = torch.as_tensor(centers).to(state.centres)
+        if centres.ndim != 2 or centres.shape[1] != state.centres.shape[1]:
+            raise RowsError(f"centroids are {tuple(centres.shape)}, expected (K, {state.centres.shape[1]})")
+        mean = state.mean if state.centred else None
+        self._state = self._new_state(centres, state.components, mean, torch.ones(len(centres)))
+        self.n_clusters_ = len(centres)
+        return self
+
     def plan_memory(self, dim: int, budget: int | None = None, device: str = "cpu") -> MemoryPlan:
         """Memory of this clusterer on rows of length `dim`; with n_clusters="auto", for k_max clusters."""
         return plan_memory(
@@ -261,6 +275,11 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         self._state.restore(tensors)
         self._n_features_out = self._state.n_components
         return self
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = True  # such rows get label -1
+        return tags
 
     @property
     def cluster_centers_(self) -> Rows:
