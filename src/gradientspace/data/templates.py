@@ -81,7 +81,8 @@ class Template:
         self.system_prompt = system_prompt
         self.kind = "chat" if kind == "chat" or (kind == "auto" and has_chat) else "plain"
         with_special = tokenizer("a", verbose=False)["input_ids"]
-        self._front = with_special[: with_special.index(self._tokenise(["a"])[0][0])]
+        alone = self._tokenise(["a"])[0]
+        self._front = with_special[: with_special.index(alone[0])] if alone else []
         special = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len, reverse=True)
         self._closing = re.compile(r"\s*(" + "|".join(map(re.escape, special)) + ")")
         self.folds_system = self.kind == "chat" and not self._takes_system()
