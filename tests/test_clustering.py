@@ -3,6 +3,7 @@ import pytest
 import torch
 from planted import planted_rows
 from sklearn.metrics import adjusted_rand_score
+from sklearn.utils.estimator_checks import check_estimator
 
 from gradientspace.centroids import dominant_direction
 from gradientspace.clustering import OnlineSVDClusterer, plan_memory, spherical_kmeans
@@ -231,6 +232,21 @@ def test_a_saved_pass_goes_on_to_the_same_bits(update, tmp_path):
 def test_loading_from_an_empty_folder_says_what_is_missing(tmp_path):
     with pytest.raises(RunFolderError, match=r"clusterer\.safetensors is missing"):
         OnlineSVDClusterer.load(tmp_path)
+
+
+def test_replaced_centroids_decide_and_keep_moving():
+    rows, _ = planted_rows(200, 300, 3, 0.3)
+    clusterer = OnlineSVDClusterer(3, 0, cache_size=4).initialize(rows)
+    clusterer.replace_centers(clusterer.cluster_centers_[:2].flip(0).numpy())
+    assert clusterer.n_clusters_ == 2
+    assert set(clusterer.partial_fit(rows).labels_.tolist()) == {0, 1}
+    assert clusterer.counts_.sum() == 200
+    with pytest.raises(RowsError, match="expected \\(K, 300\\)"):
+        clusterer.replace_centers(torch.ones(2, 7))
+
+
+def test_keeps_scikit_learns_rules():
+    check_estimator(OnlineSVDClusterer(), on_skip=None)
 
 
 def test_memory_plan_is_named_and_fits_a_budget():

@@ -44,6 +44,22 @@ def test_a_map_finds_what_the_prompt_predicts(prompts):
     assert np.all(routed.margin >= 0)
 
 
+def test_small_clusters_merge_and_the_map_routes_to_what_is_left(prompts):
+    x, z, _ = prompts
+    routable = RoutableMap(6, min_cluster_size=100, random_state=0).fit(x, z)
+    sizes = np.bincount(routable.labels_)
+    assert sizes.min() >= 100
+    assert len(routable.centres_) == len(sizes) < 6
+    assert routable.predict(x).labels.max() < len(sizes)
+
+
+def test_linear_scores_route_like_predict(prompts):
+    x, z, _ = prompts
+    routable = RoutableMap(3, random_state=0).fit(x, z)
+    weight, bias = routable.linear_scores()
+    assert np.array_equal((x @ weight.T + bias).argmax(axis=1), routable.predict(x).labels)
+
+
 def test_predictions_are_out_of_fold():
     wide = np.random.default_rng(1).standard_normal((60, 50))
     noise = np.random.default_rng(2).standard_normal((60, 4))

@@ -200,7 +200,8 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         return self.assign(X).coordinates
 
     def replace_centers(self, centers: Rows) -> "OnlineSVDClusterer":
-        """Go on with other unit centroids (K', D), for example those of a clustering of coordinates, lifted back.
+        """Go on with other unit centroids (K', D), for example those of a clustering of coordinates, lifted
+        back.
 
         Basis and mean stay; caches and counts start empty.
         """

@@ -8,6 +8,10 @@ from torch import Tensor
 from gradientspace.unit_rows import Rows, RowsError, with_norms
 
 MAX_ITERATIONS = 100
+# Restarts compete on at most this many rows; the winner is then refined on all of them.
+RESTART_ROWS = 8192
+# On many rows, Lloyd stops when fewer than this share of them change cluster in a step.
+CHANGED_SHARE = 1e-4
 
 
 def spherical_kmeans(
@@ -37,18 +41,31 @@ def spherical_kmeans(
         )
     seed = int(check_random_state(random_state).randint(2**31 - 1))
     generator = torch.Generator().manual_seed(seed)
-    best: tuple[float, Tensor, Tensor] | None = None
-    for _ in range(n_init if n_clusters > 1 else 1):
-        labels, centres, objective = _lloyd(unit, weight, _seed(unit, weight, n_clusters, generator))
-        if best is None or objective > best[0]:
-            best = (objective, labels, centres)
-    assert best is not None
+    best = _best_start(unit, weight, n_clusters, n_init, generator)
+    if len(unit) > RESTART_ROWS:
+        best = _lloyd(unit, weight, best[1])
+    labels, centres, objective = best
     full = torch.full((len(rows),), -1, dtype=torch.int64, device=rows.device)
-    full[valid] = best[1]
-    centres = best[2]
+    full[valid] = labels
     if as_numpy:
-        return full.numpy(), centres.numpy(), best[0]
-    return full, centres.to(Z.dtype), best[0]
+        return full.numpy(), centres.numpy(), objective
+    return full, centres.to(Z.dtype), objective
+
+
+def _best_start(
+    unit: Tensor, weight: Tensor, n_clusters: int, n_init: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, float]:
+    """The best of `n_init` runs, on a random subset of the rows where there are very many."""
+    if len(unit) > RESTART_ROWS:
+        chosen = torch.randperm(len(unit), generator=generator)[:RESTART_ROWS].sort().values.to(unit.device)
+        unit, weight = unit[chosen], weight[chosen]
+    best: tuple[Tensor, Tensor, float] | None = None
+    for _ in range(n_init if n_clusters > 1 else 1):
+        found = _lloyd(unit, weight, _seed(unit, weight, n_clusters, generator))
+        if best is None or found[2] > best[2]:
+            best = found
+    assert best is not None
+    return best
 
 
 def _seed(unit: Tensor, weight: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:
@@ -76,10 +93,12 @@ def _lloyd(unit: Tensor, weight: Tensor, centres: Tensor) -> tuple[Tensor, Tenso
         cosine = unit @ centres.T
         nearest, new_labels = cosine.max(dim=1)
         new_labels = _fill_empty(new_labels, nearest, n_clusters)
-        if torch.equal(new_labels, labels):
-            break
+        changed = int((new_labels != labels).sum())
         labels = new_labels
-        sums = torch.zeros_like(centres).index_add_(0, labels, weighted)
+        if changed <= CHANGED_SHARE * len(labels):
+            break
+        member = torch.zeros(len(unit), n_clusters, dtype=unit.dtype, device=unit.device)
+        sums = member.scatter_(1, labels[:, None], 1.0).T @ weighted
         lengths = torch.linalg.vector_norm(sums, dim=1, keepdim=True)
         # A cluster whose rows cancel out keeps its centre.
         centres = torch.where(lengths > 1e-12, sums / lengths.clamp(min=1e-12), centres)
@@ -107,3 +126,32 @@ def _fill_empty(labels: Tensor, nearest: Tensor, n_clusters: int) -> Tensor:
         counts[cluster] += 1
         position += 1
     return labels
+
+
+def merge_small_clusters(
+    labels: np.ndarray, centres: Rows, min_size: int
+) -> tuple[np.ndarray, Rows, np.ndarray]:
+    """Merge clusters of fewer than `min_size` rows into their nearest neighbour, the smallest first.
+
+    Returns new labels (N,) without gaps, centres (K', D) of unit length (size-weighted where merged), and the
+    new number (K,) of every old cluster. Nearness is cosine between centres. Label -1 stays. At least one
+    cluster is left.
+    """
+    centres_out = torch.as_tensor(centres).clone()
+    sizes = np.bincount(labels[labels >= 0], minlength=len(centres_out)).astype(float)
+    target, alive = np.arange(len(sizes)), list(range(len(sizes)))
+    while len(alive) > 1:
+        small = min(alive, key=lambda cluster: (sizes[cluster], cluster))
+        if sizes[small] >= min_size:
+            break
+        alive.remove(small)
+        nearest = alive[int((centres_out[alive] @ centres_out[small]).argmax())]
+        if sizes[small]:
+            merged = sizes[nearest] * centres_out[nearest] + sizes[small] * centres_out[small]
+            centres_out[nearest] = merged / torch.linalg.vector_norm(merged)
+        sizes[nearest] += sizes[small]
+        target[target == small] = nearest
+    renumbered = np.searchsorted(alive, target)
+    merged_labels = np.where(labels >= 0, renumbered[labels], -1)
+    kept = centres_out[alive]
+    return merged_labels, kept if isinstance(centres, Tensor) else kept.numpy(), renumbered

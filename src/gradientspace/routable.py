@@ -17,7 +17,7 @@ from sklearn.utils import check_random_state
 from torch import Tensor
 
 from gradientspace.errors import RunFolderError
-from gradientspace.kmeans import spherical_kmeans
+from gradientspace.kmeans import merge_small_clusters, spherical_kmeans
 from gradientspace.unit_rows import Rows, RowsError, with_norms
 
 MAP_FILE, RECORD_FILE = "routable.safetensors", "routable.json"
@@ -79,12 +79,20 @@ class RoutableMap:
     """
 
     def __init__(
-        self, n_clusters: int, *, alpha: float = 1.0, n_folds: int = 5, n_init: int = 10, random_state=None
+        self,
+        n_clusters: int,
+        *,
+        alpha: float = 1.0,
+        n_folds: int = 5,
+        n_init: int = 10,
+        min_cluster_size: int = 1,
+        random_state=None,
     ):
         self.n_clusters = n_clusters
         self.alpha = alpha
         self.n_folds = n_folds
         self.n_init = n_init
+        self.min_cluster_size = min_cluster_size
         self.random_state = random_state
 
     def fit(self, embeddings: Rows, coordinates: Rows, *, groups: Rows | None = None) -> "RoutableMap":
@@ -122,8 +130,9 @@ class RoutableMap:
         found, centres, _ = spherical_kmeans(
             predictions[index], self.n_clusters, self.n_init, seed, normalise=False
         )
+        merged, centres, _ = merge_small_clusters(np.asarray(found), centres, self.min_cluster_size)
         labels = torch.full((len(x),), -1, dtype=torch.int64)
-        labels[index] = torch.as_tensor(found)
+        labels[index] = torch.as_tensor(merged)
         self.centres_ = torch.as_tensor(centres).double()
         self.coefficients_ = statistics.solve(self.alpha)
         target = z[index].double()
@@ -178,6 +187,7 @@ class RoutableMap:
             "alpha": self.alpha,
             "n_folds": self.n_folds,
             "n_init": self.n_init,
+            "min_cluster_size": self.min_cluster_size,
             "random_state": self.random_state if isinstance(self.random_state, int) else None,
             "explained": self.explained_,
         }
