@@ -53,13 +53,6 @@ def test_small_clusters_merge_and_the_map_routes_to_what_is_left(prompts):
     assert routable.predict(x).labels.max() < len(sizes)
 
 
-def test_linear_scores_route_like_predict(prompts):
-    x, z, _ = prompts
-    routable = RoutableMap(3, random_state=0).fit(x, z)
-    weight, bias = routable.linear_scores()
-    assert np.array_equal((x @ weight.T + bias).argmax(axis=1), routable.predict(x).labels)
-
-
 def test_predictions_are_out_of_fold():
     wide = np.random.default_rng(1).standard_normal((60, 50))
     noise = np.random.default_rng(2).standard_normal((60, 4))
