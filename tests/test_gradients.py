@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 from types import SimpleNamespace
 
 import pytest
+import safetensors
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gradientspace.errors import DataError, ModelError
-from gradientspace.gradients import PerSampleGradients
+from gradientspace.errors import DataError, GradientSpaceError, ModelError, RunFolderError
+from gradientspace.gradients import PerSampleGradients, head, layers
 from gradientspace.gradients.batching import plan_batches
 
 VOCAB = 97
+torch.set_num_threads(1)  # tiny matrices: threads only wait for each other
 
 # PEFT reads an attribute that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -43,8 +47,8 @@ def adapt(model, **overrides):
     return model
 
 
-def randomise(model, adapter="default"):
-    generator = torch.Generator().manual_seed(1)
+def randomise(model, adapter="default", seed=1):
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if f".{adapter}." in name and "lora_B" in name:
@@ -174,3 +178,151 @@ def test_rows_without_a_loss_are_refused_by_number():
 def test_a_missing_adapter_is_refused_with_the_names_there_are():
     with pytest.raises(ModelError, match=r"'other'.*\['default'\]"):
         PerSampleGradients(adapt(tiny_llama()), "other")
+
+
+def test_a_batch_of_few_tokens_and_one_of_many_take_two_forms_of_the_same_product(monkeypatch):
+    model, samples = adapt(tiny_llama()), make_samples(4)
+    references = [reference(model, s)[1] for s in samples]
+    for merging in (True, False):
+        monkeypatch.setattr(layers, "_merging_pays", lambda *_, merging=merging: merging)
+        with PerSampleGradients(model) as engine:
+            assert relative_error(engine.compute(padded(samples)), references) <= 1e-5
+
+
+def test_logits_in_chunks_are_the_same(monkeypatch):
+    model, samples = adapt(tiny_llama()), make_samples(8)
+    with PerSampleGradients(model) as engine:
+        whole = engine.compute(padded(samples))
+        monkeypatch.setattr(head, "CHUNK_BYTES", 4 * VOCAB * 3)
+        assert relative_error(engine.compute(padded(samples)), whole) <= 1e-5
+
+
+def test_sum_loss_and_unit_norm():
+    model, samples = adapt(tiny_llama()), make_samples(6)
+    counts = torch.tensor([sum(label != -100 for label in s.labels[1:]) for s in samples])
+    with PerSampleGradients(model) as engine:
+        mean, mean_losses = engine.compute(padded(samples)), engine.losses
+    with PerSampleGradients(model, loss="sum") as engine:
+        assert relative_error(engine.compute(padded(samples)), mean * counts[:, None]) <= 1e-5
+        assert torch.allclose(engine.losses, mean_losses * counts, rtol=1e-5)
+    with PerSampleGradients(model, unit_norm=True) as engine:
+        assert relative_error(engine.compute(padded(samples)), F.normalize(mean)) <= 1e-5
+        assert torch.allclose(engine.norms, mean.norm(dim=1), rtol=1e-5)
+        assert engine.settings["unit_norm"] is True
+
+
+def by_index(batches):
+    return {int(i): row for b in batches for i, row in zip(b.indices, b.gradients, strict=True)}
+
+
+def poison(model, token):
+    """Make every sample with this token have a NaN loss."""
+    with torch.no_grad():
+        model.get_base_model().model.embed_tokens.weight[token] = float("nan")
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_sample_with_a_nan_loss_is_named_excluded_and_counted(packing, caplog):
+    model, samples = adapt(tiny_llama()), make_samples(12)
+    for sample in samples:
+        sample.input_ids = [t % 90 for t in sample.input_ids]
+    samples[4].input_ids[1], samples[4].row = 95, 77
+    with PerSampleGradients(model, packing=packing) as engine:
+        before = by_index(engine.stream(samples))
+        poison(model, 95)
+        after = by_index(engine.stream(samples))
+    assert set(after) == set(range(12)) - {4}
+    assert all(torch.equal(after[i], before[i]) for i in after)
+    assert [(e.index, e.row) for e in engine.excluded] == [(4, 77)]
+    assert "row 77" in caplog.text
+
+
+def test_dropout_is_announced(caplog):
+    with caplog.at_level(logging.WARNING):
+        engine = PerSampleGradients(adapt(tiny_llama(), lora_dropout=0.1))
+    assert "lora_dropout [0.1] is off" in caplog.text
+    assert "[0.1]" in engine.explain()
+
+
+def test_bf16_model_stays_close_to_fp32():
+    samples = make_samples(16)
+    exact = adapt(tiny_llama())
+    references = [reference(exact, s)[1] for s in samples]
+    for autocast_adapter_dtype in (True, False):  # adapter in fp32 or bf16
+        model = get_peft_model(
+            tiny_llama().bfloat16(),
+            LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
+        model.load_state_dict({k: v for k, v in exact.state_dict().items() if "lora" in k}, strict=False)
+        for path in ("fast", "general"):
+            with PerSampleGradients(model, path=path) as engine:
+                gradients = engine.compute(padded(samples))
+            assert gradients.dtype == torch.float32
+            assert relative_error(gradients, references) <= 0.1
+
+
+def test_the_self_check_catches_a_wrong_formula(monkeypatch):
+    model = adapt(tiny_llama())
+    right = layers.GradientSink.add_outer
+    monkeypatch.setattr(
+        layers.GradientSink, "add_outer", lambda self, b, rows, x, y: right(self, b, rows, x, 1.01 * y)
+    )
+    with pytest.raises(GradientSpaceError, match="self-check"):
+        PerSampleGradients(model)
+
+
+class TestStore:
+    def stream(self, model, samples, path, stop=None):
+        batches = []
+        with PerSampleGradients(model) as engine:
+            for batch in engine.stream(samples, max_tokens=128, store=path):
+                batches.append(batch)
+                if len(batches) == stop:
+                    break
+        return batches
+
+    def test_a_broken_pass_resumes_and_computes_only_what_is_missing(self, tmp_path, monkeypatch):
+        model, samples, path = adapt(tiny_llama()), make_samples(20), tmp_path / "gradients.safetensors"
+        whole = self.stream(model, samples, tmp_path / "other")
+        self.stream(model, samples, path, stop=2)
+        computed = []
+        compute = PerSampleGradients.compute
+
+        def counting(self, batch):
+            computed.append(len(batch["labels"]))
+            return compute(self, batch)
+
+        monkeypatch.setattr(PerSampleGradients, "compute", counting)
+        resumed = self.stream(model, samples, path)
+        assert [b.indices.tolist() for b in resumed] == [b.indices.tolist() for b in whole]
+        for a, b in zip(resumed, whole, strict=True):
+            assert torch.equal(a.gradients, b.gradients)
+            assert torch.equal(a.losses, b.losses)
+        # two batches were there already; the other computation is the self-check of two samples
+        assert sum(computed) == 2 + 20 - sum(len(b.indices) for b in whole[:2])
+
+    def test_the_file_is_ordinary_safetensors(self, tmp_path):
+        model, samples, path = adapt(tiny_llama()), make_samples(5), tmp_path / "gradients.safetensors"
+        batches = self.stream(model, samples, path)
+        with safetensors.safe_open(path, "pt") as file:
+            gradients = file.get_tensor("gradients")
+            assert file.get_tensor("done").tolist() == [1] * 5
+        for batch in batches:
+            assert torch.equal(gradients[batch.indices], batch.gradients)
+
+    def test_a_store_of_other_weights_is_refused(self, tmp_path):
+        model, samples, path = adapt(tiny_llama()), make_samples(5), tmp_path / "gradients.safetensors"
+        self.stream(model, samples, path)
+        randomise(model, seed=2)
+        with pytest.raises(RunFolderError, match="other weights"):
+            self.stream(model, samples, path)
+
+    def test_a_full_disk_is_one_clear_line_and_leaves_nothing(self, tmp_path, monkeypatch):
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("os.posix_fallocate", full)
+        with pytest.raises(RunFolderError, match=r"GiB.*No space left"):
+            self.stream(adapt(tiny_llama()), make_samples(2), tmp_path / "gradients.safetensors")
+        assert list(tmp_path.iterdir()) == []

@@ -37,6 +37,17 @@ class GradientBatch:
     """(b,) float32, Euclidean norms of the rows."""
 
 
+@dataclass(frozen=True, slots=True)
+class ExcludedSample:
+    """A sample left out of the stream because its loss or gradient is not finite."""
+
+    index: int
+    """Position in the sequence of samples that was streamed."""
+    row: int
+    """Its row number in its file where it has one, otherwise index + 1."""
+    loss: float
+
+
 def check_samples(samples: Sequence[TokenisedSample]) -> None:
     """Refuse, by row, a sample that has no loss or whose labels do not fit its tokens."""
     for position, sample in enumerate(samples, start=1):
@@ -90,8 +101,8 @@ def collate(samples: Sequence[TokenisedSample], pad_token_id: int) -> dict[str, 
     return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
 
 
-def right_padded(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """input_ids and labels (b, T) with all padding moved to the right, cut to the longest sample.
+def right_padded(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[int]]:
+    """input_ids and labels (b, T) with all padding moved to the right, cut to the longest sample; lengths.
 
     A causal model never looks right, so right-padded rows need no attention mask and positions start at 0 in
     every row, just as for the sample alone. Labels of padding are dropped. Raises DataError, naming the row,
@@ -119,4 +130,4 @@ def right_padded(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     input_ids = torch.where(inside, input_ids, input_ids[:, :1])
     for row in (labels[:, 1:] == -100).all(dim=1).nonzero().flatten().tolist():
         raise DataError(f"row {row + 1} of the batch: no supervised token, so no loss and no gradient")
-    return input_ids, labels
+    return input_ids, labels, count.tolist()

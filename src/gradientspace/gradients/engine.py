@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from gradientspace.errors import ModelError
+from gradientspace.errors import GradientSpaceError, ModelError
+from gradientspace.gradients.attach import (
+    checkpointed_forward,
+    checkpointed_layers,
+    eval_mode,
+    only_active,
+    only_differentiable,
+    replaced_forwards,
+)
 from gradientspace.gradients.batching import (
+    ExcludedSample,
     GradientBatch,
     TokenisedSample,
     check_samples,
@@ -21,13 +32,21 @@ from gradientspace.gradients.batching import (
     plan_batches,
     right_padded,
 )
-from gradientspace.gradients.head import Head, Supervision, replaced_forwards
-from gradientspace.gradients.layers import AdaptedLayer, Block, GradientSink, survey
+from gradientspace.gradients.check import largest_relative_error, plain_gradient, random_batch
+from gradientspace.gradients.head import Head, Supervision, probe_tokens
+from gradientspace.gradients.layers import Block, GradientSink, one_by_one_forward
+from gradientspace.gradients.packing import packed_inputs, segment_attention_in, why_not_packable
+from gradientspace.gradients.rows import PaddedRows, SegmentRows
+from gradientspace.gradients.store import GradientStore
+from gradientspace.gradients.survey import regrouping_blocks, survey
 
 logger = logging.getLogger(__name__)
 
 # A batch's gradient matrix may take this much memory; it bounds the rows of a streamed batch.
 GRADIENT_BYTES = 2**30
+# The self-check catches wrong formulas, not rounding: rounding in fp32 is 1e-6 to 1e-5.
+CHECK_LIMIT = {torch.float32: 1e-3, torch.float64: 1e-3}
+CHECK_LIMIT_HALF = 0.2
 
 
 class PerSampleGradients:
@@ -47,6 +66,13 @@ class PerSampleGradients:
     path : "auto" takes the fast path in every layer that it knows and the general path in the others; "fast"
         raises ModelError where a layer needs the general one; "general" uses it everywhere.
     loss : "mean" over a sample's supervised tokens, or their "sum".
+    unit_norm : scale every row to length 1 (a zero row stays zero); norms are reported before scaling.
+    packing : lay the samples of a batch end to end in one row without padding, with attention inside each
+        sample only; ModelError where that is not exact.
+    self_check : compare a batch of two random samples with plain autograd on each before any use.
+
+    Raises ModelError, naming the layer, for an adapter whose gradients cannot be formed exactly (DoRA and
+    other variants, adapted embeddings or bare parameters, modules_to_save, merged adapters).
 
     The model is changed only while a gradient is computed: its forward methods, training mode, requires_grad
     flags and active adapter are as before after every call, and nothing is left behind in `.grad`.
@@ -59,26 +85,37 @@ class PerSampleGradients:
         *,
         path: Literal["auto", "fast", "general"] = "auto",
         loss: Literal["mean", "sum"] = "mean",
+        unit_norm: bool = False,
+        packing: bool = False,
+        self_check: bool = True,
     ) -> None:
-        if path not in ("auto", "fast", "general"):
-            raise ModelError(f"path is '{path}'; it must be auto, fast or general")
-        if loss not in ("mean", "sum"):
-            raise ModelError(f"loss is '{loss}'; it must be mean or sum")
+        _check_choice("path", path, ("auto", "fast", "general"))
+        _check_choice("loss", loss, ("mean", "sum"))
         self.model = model
         self.adapter_name = adapter_name
         self.loss = loss
+        self.unit_norm = unit_norm
+        self.packing = packing
         self.layout: list[Block]
-        self._sink = GradientSink()
-        self._layers, self.layout = survey(model, adapter_name, self._sink)
-        self._fast = [path != "general" and not layer.not_fast for layer in self._layers]
-        if path == "fast" and not all(self._fast):
-            layer = next(layer for layer in self._layers if layer.not_fast)
-            raise ModelError(f"{layer.name}: no fast path, because {layer.not_fast}; use path='auto'")
-        self._causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        with self._attached():
-            self._head = Head(self._causal_lm)
-        self._losses: Tensor | None = None
+        self.excluded: list[ExcludedSample] = []
         self._closed = False
+        self._losses: Tensor | None = None
+        self._norms: Tensor | None = None
+        self._sink = GradientSink()
+        self._causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._layers, self.layout = survey(model, adapter_name, self._sink, path)
+        if not getattr(self._causal_lm.config, "is_causal", True):
+            raise ModelError(
+                f"{type(self._causal_lm).__name__} attends both ways; give a causal language model"
+            )
+        self._why_not_packable = why_not_packable(self._causal_lm)
+        self._one_by_one = self._find_regrouping_blocks()
+        if packing and self._why_not_packable:
+            raise ModelError(f"packing: {self._why_not_packable}; use packing=False")
+        self._dropout = self._dropout_rates()
+        with self._attached():
+            self._head = Head(self._causal_lm, self._sink)
+        self._error = self._self_check() if self_check else None
 
     @property
     def dim(self) -> int:
@@ -93,7 +130,8 @@ class PerSampleGradients:
     @property
     def path(self) -> str:
         """fast, general, or mixed (the layers differ)."""
-        return "fast" if all(self._fast) else "mixed" if any(self._fast) else "general"
+        fast = [not layer.not_fast for layer in self._layers]
+        return "fast" if all(fast) else "mixed" if any(fast) else "general"
 
     @property
     def losses(self) -> Tensor:
@@ -102,8 +140,15 @@ class PerSampleGradients:
             raise ValueError("no losses yet: call compute first")
         return self._losses
 
+    @property
+    def norms(self) -> Tensor:
+        """(b,) float32 Euclidean norms of the gradients of the last `compute`, before any scaling."""
+        if self._norms is None:
+            raise ValueError("no norms yet: call compute first")
+        return self._norms
+
     def compute(self, batch: dict[str, Tensor]) -> Tensor:
-        """Raw per-sample gradients, (b, D) float32, on `device`.
+        """Per-sample gradients, (b, D) float32, on `device`.
 
         `batch` has input_ids, attention_mask and labels, each (b, T), padded on either side; labels are as in
         transformers: not shifted, -100 where not supervised. Raises DataError for a row without a
@@ -112,15 +157,24 @@ class PerSampleGradients:
         if self._closed:
             raise ValueError("this engine is closed")
         device = self._causal_lm.get_input_embeddings().weight.device
-        input_ids, labels = right_padded({key: value.to(device) for key, value in batch.items()})
-        where = Supervision.from_labels(labels, self.loss)
+        input_ids, labels, lengths = right_padded({key: value.to(device) for key, value in batch.items()})
+        where = Supervision.from_labels(labels, self.loss, lengths if self.packing else None)
         out = torch.empty(len(labels), self.dim, dtype=torch.float32, device=self.device)
-        with self._attached():
-            self._sink.open(out, (labels.shape[0], labels.shape[1]))
-            token_losses = self._head.token_losses({"input_ids": input_ids}, where)
+        with self._attached(), ExitStack() as stack:
+            if self.packing:
+                stack.enter_context(segment_attention_in(self._causal_lm))
+                self._sink.open(out, SegmentRows(tuple(range(len(lengths))), tuple(lengths)))
+                inputs = packed_inputs(input_ids, lengths)
+            else:
+                self._sink.open(out, PaddedRows(*labels.shape))
+                inputs = {"input_ids": input_ids}
+            token_losses = self._head.token_losses(inputs, where)
             (token_losses * where.weights).sum().backward()
             self._sink.close(self.layout)
         self._losses = where.per_sample(token_losses.detach())
+        self._norms = norms = torch.linalg.vector_norm(out, dim=1)
+        if self.unit_norm:
+            out /= norms.masked_fill(norms == 0, 1.0)[:, None]
         return out
 
     def stream(
@@ -131,27 +185,84 @@ class PerSampleGradients:
         seed: int = 0,
         pad_token_id: int = 0,
         shuffle: bool = True,
+        store: str | Path | None = None,
     ) -> Iterator[GradientBatch]:
         """Yield the gradients of all samples, batch by batch; memory does not grow with their number.
 
         Batches hold samples of similar length, at most `max_tokens` tokens with padding; their order is
-        shuffled by `seed` (see `plan_batches`) and repeats exactly for equal arguments.
+        shuffled by `seed` (see `plan_batches`) and repeats exactly for equal arguments. A sample whose loss
+        or gradient is not finite is left out of its batch, logged by row and listed in `excluded`.
+
+        With `store`, a file of N x D float32 numbers, every row is also kept there; a later call with the
+        same samples and weights yields the same batches and computes only what is missing.
         """
         check_samples(samples)
+        self.excluded = []
         lengths = [len(sample.input_ids) for sample in samples]
-        max_samples = max(1, GRADIENT_BYTES // (4 * self.dim))
-        plan = plan_batches(
-            lengths, max_tokens=max_tokens, max_samples=max_samples, seed=seed, shuffle=shuffle
-        )
+        limit = max(1, GRADIENT_BYTES // (4 * self.dim))
+        plan = plan_batches(lengths, max_tokens=max_tokens, max_samples=limit, seed=seed, shuffle=shuffle)
+        kept = None if store is None else GradientStore.open(store, self, samples)
         for indices in plan:
-            gradients = self.compute(collate([samples[i] for i in indices], pad_token_id))
-            norms = torch.linalg.vector_norm(gradients, dim=1)
-            yield GradientBatch(torch.tensor(indices), gradients, self.losses, norms)
+            batch = kept.read(indices) if kept is not None else None
+            if batch is None:
+                gradients = self.compute(collate([samples[i] for i in indices], pad_token_id))
+                batch = GradientBatch(torch.tensor(indices), gradients, self.losses, self.norms)
+                if kept is not None:
+                    kept.write(batch)
+            batch = self._only_finite(batch, samples)
+            if len(batch.indices):
+                yield batch
+
+    def explain(self) -> str:
+        """What the engine does with this model, and why, in a few lines."""
+        lines = [f"adapter '{self.adapter_name}': {len(self._layers)} layers, D = {self.dim:,}"]
+        fast = sum(not layer.not_fast for layer in self._layers)
+        lines.append(f"path: {self.path} ({fast} layers fast, {len(self._layers) - fast} general)")
+        for reason, count in Counter(layer.not_fast for layer in self._layers if layer.not_fast).items():
+            first = next(layer.name for layer in self._layers if layer.not_fast == reason)
+            lines.append(f"  general in {count} layers, such as {first}: {reason}")
+        for name in self._one_by_one:
+            lines.append(f"  one sample at a time inside {name}: tokens are regrouped there")
+        lines.append(
+            f"lm_head: {self._head.mode}" + (f", because {self._head.why}" if self._head.why else "")
+        )
+        attention = getattr(self._causal_lm.config, "_attn_implementation", None)
+        lines.append(f"attention: {'by segments (sdpa)' if self.packing else attention}")
+        if self._why_not_packable:
+            lines.append(f"packing: not possible; {self._why_not_packable}")
+        lines.append(f"checkpointed layers: {len(checkpointed_layers(self.model))}")
+        if self._dropout:
+            lines.append(f"dropout off while gradients are computed; training uses {self._dropout}")
+        lines.append(f"loss: {self.loss} over a sample's supervised tokens; unit norm: {self.unit_norm}")
+        if self._error is not None:
+            lines.append(f"self-check against plain autograd: largest relative error {self._error:.1e}")
+        return "\n".join(lines)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a gradient from this engine depends on beside weights and samples; JSON-able."""
+        return {
+            "adapter_name": self.adapter_name,
+            "dim": self.dim,
+            "path": self.path,
+            "loss": self.loss,
+            "unit_norm": self.unit_norm,
+            "packing": self.packing,
+            "lm_head": self._head.mode,
+            "attention": getattr(self._causal_lm.config, "_attn_implementation", None),
+            "model_dtype": str(self._causal_lm.get_input_embeddings().weight.dtype),
+            "adapter_dtype": str(self._layers[0].module.lora_A[self.adapter_name].weight.dtype),
+        }
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The adapter's parameters, in the order of `layout`."""
+        parameters = dict(self.model.named_parameters())
+        return [parameters[block.name] for block in self.layout]
 
     def close(self) -> None:
         """End the use of this engine. The model needs no clean-up: every call leaves it as it was."""
         self._closed = True
-        self._losses = None
+        self._losses = self._norms = None
 
     def __enter__(self) -> PerSampleGradients:
         return self
@@ -162,61 +273,74 @@ class PerSampleGradients:
     @contextmanager
     def _attached(self) -> Iterator[None]:
         """The model in eval mode, this adapter alone active and differentiable, its forwards replaced."""
+        pairs = [pair for layer in self._layers for pair in layer.forwards(self.adapter_name)]
+        pairs += [(block, one_by_one_forward(block, self._sink)) for block in self._one_by_one.values()]
+        pairs += [(layer, checkpointed_forward(layer)) for layer in checkpointed_layers(self.model)]
         with ExitStack() as stack:
-            stack.enter_context(_eval_mode(self.model))
-            stack.enter_context(_only_active(self.model, self.adapter_name))
-            stack.enter_context(_only_differentiable(self.model, self._layers, self.adapter_name))
-            pairs = [
-                pair
-                for layer, fast in zip(self._layers, self._fast, strict=True)
-                for pair in layer.forwards(self.adapter_name, fast)
-            ]
+            stack.enter_context(eval_mode(self.model))
+            stack.enter_context(only_active(self.model, self.adapter_name))
+            stack.enter_context(only_differentiable(self.model, self.parameters()))
             stack.enter_context(replaced_forwards(pairs))
+            stack.enter_context(torch.autocast(self.device.type, enabled=False))
             stack.enter_context(torch.enable_grad())
             yield
 
+    def _find_regrouping_blocks(self) -> dict[str, nn.Module]:
+        def run() -> None:
+            with eval_mode(self.model), only_active(self.model, self.adapter_name), torch.no_grad():
+                self._causal_lm(input_ids=probe_tokens(self._causal_lm), use_cache=False)
 
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off in every module, whatever mode each was in."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
+        return regrouping_blocks(self.model, self._layers, run)
+
+    def _dropout_rates(self) -> list[float]:
+        """The adapter's non-zero dropout rates, announced once."""
+        modules = [layer.module.lora_dropout[self.adapter_name] for layer in self._layers]
+        rates = sorted({float(module.p) for module in modules if isinstance(module, nn.Dropout) and module.p})
+        if rates:
+            logger.warning("lora_dropout %s is off while per-sample gradients are computed", rates)
+        return rates
+
+    def _self_check(self) -> float:
+        """Largest relative error on two random samples; raises where it is more than rounding."""
+        batch = random_batch(self._causal_lm)
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        parameters = self.parameters()
+        references = torch.stack(
+            [
+                plain_gradient(
+                    self.model, self._causal_lm, self.adapter_name, parameters, ids[:n], labels[:n], self.loss
+                )
+                for ids, labels, n in zip(batch["input_ids"], batch["labels"], lengths, strict=True)
+            ]
+        ).to(self.device)
+        gradients = self.compute(batch)
+        if self.unit_norm:
+            gradients = gradients * self.norms[:, None]
+        self._losses = self._norms = None
+        error = largest_relative_error(gradients, references)
+        limit = CHECK_LIMIT.get(self._causal_lm.get_input_embeddings().weight.dtype, CHECK_LIMIT_HALF)
+        if math.isfinite(error) and error > limit:
+            raise GradientSpaceError(
+                f"self-check: gradients differ from plain autograd by {error:.1e}, limit {limit:.0e}; "
+                f"please report this with the model's class, {type(self._causal_lm).__name__}"
+            )
+        return error
+
+    def _only_finite(self, batch: GradientBatch, samples: Sequence[TokenisedSample]) -> GradientBatch:
+        finite = torch.isfinite(batch.norms) & torch.isfinite(batch.losses)
+        if bool(finite.all()):
+            return batch
+        for position in (~finite).nonzero().flatten().tolist():
+            index = int(batch.indices[position])
+            row = getattr(samples[index], "row", index + 1)
+            loss = float(batch.losses[position])
+            self.excluded.append(ExcludedSample(index, row, loss))
+            logger.warning("row %d: loss %s, gradient not finite; excluded", row, loss)
+        return GradientBatch(
+            batch.indices[finite.cpu()], batch.gradients[finite], batch.losses[finite], batch.norms[finite]
+        )
 
 
-@contextmanager
-def _only_active(model: nn.Module, adapter: str) -> Iterator[None]:
-    """Only `adapter` takes part in the forward pass. PEFT's set_adapter would also touch requires_grad."""
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
-    try:
-        for layer in layers:
-            layer._active_adapter, layer._disable_adapters = [adapter], False
-        yield
-    finally:
-        for layer, active, disabled in before:
-            layer._active_adapter, layer._disable_adapters = active, disabled
-
-
-@contextmanager
-def _only_differentiable(model: nn.Module, layers: list[AdaptedLayer], adapter: str) -> Iterator[None]:
-    """Only the adapter's own weights require a gradient."""
-    own = {
-        id(parameter)
-        for layer in layers
-        for factor in (layer.module.lora_A[adapter], layer.module.lora_B[adapter])
-        for parameter in factor.parameters()
-    }
-    changed = [p for p in model.parameters() if p.requires_grad != (id(p) in own)]
-    try:
-        for parameter in changed:
-            parameter.requires_grad_(id(parameter) in own)
-        yield
-    finally:
-        for parameter in changed:
-            parameter.requires_grad_(id(parameter) not in own)
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ModelError(f"{name} is '{value}'; it must be one of {', '.join(allowed)}")

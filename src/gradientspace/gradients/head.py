@@ -8,17 +8,17 @@ logits are dropped before the next chunk is formed and (tokens x vocabulary) nev
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from gradientspace.errors import ModelError
+from gradientspace.gradients.attach import replaced_forwards
+from gradientspace.gradients.layers import GradientSink
+from gradientspace.gradients.rows import SegmentRows
 
 # Bytes of fp32 logits that exist at once. Measured on two CPU cores: 4 to 64 MB are equally fast.
 CHUNK_BYTES = 32 * 2**20
@@ -26,30 +26,40 @@ CHUNK_BYTES = 32 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Supervision:
-    """The supervised positions of a batch: `rows` index the flattened (b * T) tokens that predict them."""
+    """The supervised positions of a batch, sample after sample."""
 
-    rows: Tensor  # (n,) int64
+    rows: Tensor  # (n,) int64, the token that predicts each
     targets: Tensor  # (n,) int64
     weights: Tensor  # (n,) float32, 1 / n_i or 1
     samples: Tensor  # (n,) int64, which sample each belongs to
-    n_samples: int
+    counts: Tensor  # (b,) int64, n_i
 
     @classmethod
-    def from_labels(cls, labels: Tensor, reduction: str) -> Supervision:
-        """From un-shifted labels (b, T), -100 where not supervised: position t predicts label t + 1."""
+    def from_labels(cls, labels: Tensor, reduction: str, lengths: list[int] | None = None) -> Supervision:
+        """From un-shifted labels (b, T), -100 where not supervised: position t predicts label t + 1.
+
+        With `lengths`, the rows are those of the samples laid end to end without their padding.
+        """
         b, length = labels.shape
         shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
-        rows = (shifted.reshape(-1) != -100).nonzero().squeeze(1)
-        samples = rows // length
+        samples = torch.arange(b, device=labels.device)[:, None].expand(b, length)
+        if lengths is not None:
+            real = (
+                torch.arange(length, device=labels.device)
+                < torch.tensor(lengths, device=labels.device)[:, None]
+            )
+            shifted, samples = shifted[real], samples[real]
+        rows = (shifted.flatten() != -100).nonzero().squeeze(1)
+        samples = samples.flatten()[rows]
         counts = torch.bincount(samples, minlength=b)
         weights = torch.ones_like(rows, dtype=torch.float32)
         if reduction == "mean":
             weights = weights / counts[samples]
-        return cls(rows, shifted.reshape(-1)[rows], weights, samples, b)
+        return cls(rows, shifted.flatten()[rows], weights, samples, counts)
 
     def per_sample(self, token_losses: Tensor) -> Tensor:
         """Weighted sums of (n,) token losses: (b,) float32."""
-        losses = torch.zeros(self.n_samples, dtype=torch.float32, device=token_losses.device)
+        losses = torch.zeros(len(self.counts), dtype=torch.float32, device=token_losses.device)
         return losses.index_add_(0, self.samples, token_losses * self.weights)
 
 
@@ -68,7 +78,13 @@ class LogitTransform:
         cap = getattr(text, "final_logit_softcapping", None)  # Gemma
         return cls(scale, None if cap is None else float(cap))
 
+    def apply(self, logits: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
     def apply_(self, logits: Tensor) -> Tensor:
+        """The same in place, outside autograd."""
         if self.scale != 1.0:
             logits.mul_(self.scale)
         if self.cap is not None:
@@ -127,31 +143,41 @@ class SupervisedCrossEntropy(torch.autograd.Function):
 class Head:
     """Runs a causal LM and returns its supervised token losses.
 
-    `mode` is "supervised" (hidden states caught at lm_head, only supervised positions multiplied, in chunks)
-    or "model" (the model's own logits, all of them), with the reason in `why`.
+    `mode` says how, best first, and `why` what stands in the way of the one before:
+    "chunked"    only supervised positions pass lm_head, in chunks whose logits are dropped at once
+    "supervised" only supervised positions pass lm_head, whatever module it is (it may be adapted itself)
+    "model"      the model's own logits at every position
     """
 
-    def __init__(self, causal_lm: Any) -> None:
+    def __init__(self, causal_lm: Any, sink: GradientSink) -> None:
         find_head = getattr(causal_lm, "get_output_embeddings", None)
         if find_head is None or find_head() is None:
             raise ModelError(f"{type(causal_lm).__name__} has no lm_head; give a causal language model")
         self.causal_lm = causal_lm
+        self.sink = sink
         self.lm_head: Any = find_head()
         self.transform = LogitTransform.from_config(causal_lm.config)
-        self.why = self._why_not_supervised()
-        self.mode = "model" if self.why else "supervised"
+        self.mode, self.why = self._probe()
 
-    def token_losses(self, inputs: dict[str, Tensor], where: Supervision) -> Tensor:
+    def token_losses(self, inputs: dict[str, Any], where: Supervision) -> Tensor:
         """(n,) float32 cross-entropies at the supervised positions, attached to the graph."""
         if self.mode == "model":
             logits = self.causal_lm(**inputs, use_cache=False).logits
-            selected = logits.reshape(-1, logits.shape[-1])[where.rows]
-            return F.cross_entropy(selected.float(), where.targets, reduction="none")
+            selected = logits.reshape(-1, logits.shape[-1])[where.rows].float()
+            return F.cross_entropy(selected, where.targets, reduction="none")
         hidden, _ = self._catch_hidden(inputs)
-        bias = getattr(self.lm_head, "bias", None)
-        return SupervisedCrossEntropy.apply(hidden, self.lm_head.weight, bias, where, self.transform)
+        if self.mode == "chunked":
+            bias = getattr(self.lm_head, "bias", None)
+            return SupervisedCrossEntropy.apply(hidden, self.lm_head.weight, bias, where, self.transform)
+        whole = self.sink.rows
+        counts = tuple(where.counts.tolist())
+        self.sink.rows = SegmentRows(tuple(range(len(counts))), counts)  # an adapted lm_head reads it
+        selected = hidden.reshape(-1, hidden.shape[-1])[where.rows]
+        logits = self.transform.apply(self.lm_head(selected).float())
+        self.sink.rows = whole
+        return F.cross_entropy(logits, where.targets, reduction="none")
 
-    def _catch_hidden(self, inputs: dict[str, Tensor], keep_logits: bool = False) -> tuple[Tensor, Any]:
+    def _catch_hidden(self, inputs: dict[str, Any], keep_logits: bool = False) -> tuple[Tensor, Any]:
         """The hidden states that reach lm_head, (b, T, H), and the model's output."""
         caught: list[Tensor] = []
         original = self.lm_head.forward
@@ -164,35 +190,22 @@ class Head:
             output = self.causal_lm(**inputs, use_cache=False)
         return caught[0], output
 
-    def _why_not_supervised(self) -> str:
-        """Probe with three tokens: are the model's logits those of lm_head and the transform we know?"""
-        if isinstance(self.lm_head, BaseTunerLayer):
-            return "lm_head itself is adapted"
-        if type(self.lm_head) is not nn.Linear:
-            return f"lm_head is {type(self.lm_head).__name__}, not a plain linear"
-        device = self.causal_lm.get_input_embeddings().weight.device
-        probe = torch.arange(3, device=device)[None] % self.causal_lm.get_input_embeddings().weight.shape[0]
+    def _probe(self) -> tuple[str, str]:
+        """Three tokens decide: are the model's logits those of lm_head and the transform we know?"""
         with torch.no_grad():
-            hidden, output = self._catch_hidden({"input_ids": probe}, keep_logits=True)
-            expected = self.transform.apply_(self.lm_head(hidden).float())
-        if output.logits.shape != expected.shape:
-            return "the model reshapes its logits"
-        if not torch.allclose(output.logits.float(), expected, rtol=1e-2, atol=1e-3, equal_nan=True):
-            return "the model changes its logits in a way that is not known here"
-        return ""
+            hidden, output = self._catch_hidden({"input_ids": probe_tokens(self.causal_lm)}, keep_logits=True)
+            expected = self.transform.apply(self.lm_head(hidden).float())
+        logits = output.logits.float()
+        if logits.shape != expected.shape:
+            return "model", "the model reshapes its logits"
+        if not torch.allclose(logits, expected, rtol=1e-2, atol=1e-3, equal_nan=True):
+            return "model", "the model changes its logits in a way that is not known here"
+        if type(self.lm_head) is not nn.Linear:
+            return "supervised", f"lm_head is {type(self.lm_head).__name__}, not a plain linear"
+        return "chunked", ""
 
 
-@contextmanager
-def replaced_forwards(pairs: list[tuple[nn.Module, Callable]]):
-    """Give each module another `forward` for the duration of the block."""
-    before = [(module, module.__dict__.get("forward")) for module, _ in pairs]
-    try:
-        for module, forward in pairs:
-            module.__dict__["forward"] = forward
-        yield
-    finally:
-        for module, forward in reversed(before):
-            if forward is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = forward
+def probe_tokens(causal_lm: Any) -> Tensor:
+    """(2, 3) int64 token ids that any vocabulary has."""
+    embedding = causal_lm.get_input_embeddings().weight
+    return torch.arange(6, device=embedding.device).view(2, 3) % embedding.shape[0]

@@ -1,6 +1,6 @@
-"""How one LoRA layer forms the gradients of its A and B for each sample, and which layers can.
+"""How one LoRA layer forms the gradients of its A and B for each sample.
 
-For y = W x + s B A x and an upstream gradient g, sample i owns the rows (tokens) R_i and
+For y = W x + s B A x and an upstream gradient g, with x_i, g_i the token rows of sample i,
 
     dA_i = (s g_i B)^T x_i     (r, in)
     dB_i = s g_i^T (x_i A^T)   (out, r)
@@ -20,20 +20,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gradientspace.errors import ModelError
+from gradientspace.gradients.rows import OneSampleRows, PaddedRows, TokenRows
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Where one LoRA parameter lies in a gradient row: `row[offset : offset + prod(shape)].view(shape)`."""
+    """Where one LoRA parameter lies in a gradient row: `row[offset : offset + size].view(shape)`."""
 
     name: str
     shape: tuple[int, ...]
@@ -45,53 +41,49 @@ class Block:
 
 
 class GradientSink:
-    """Where layers write during a backward pass: a (b, D) matrix and the map from tokens to samples.
+    """Where layers write during a backward pass: a (b, D) matrix, and `rows`, the owners of the tokens.
 
-    `rows` is (b, T): every layer sees b * T token rows in that order.
+    A layer takes `rows` down in its forward pass and hands it back in its backward pass, so it may change
+    between layers.
     """
 
     def __init__(self) -> None:
         self.out: Tensor = torch.empty(0)
-        self.rows: tuple[int, int] = (0, 0)
+        self.rows: TokenRows = PaddedRows(0, 0)
         self._written: set[int] = set()
 
-    def open(self, out: Tensor, rows: tuple[int, int]) -> None:
+    def open(self, out: Tensor, rows: TokenRows) -> None:
         self.out, self.rows = out, rows
         self._written = set()
 
-    def add_outer(self, block: Block, left: Tensor, right: Tensor) -> None:
-        """Add `left_i^T right_i` to sample i's block; left (n, p), right (n, q), block shape (p, q)."""
-        b, length = self.rows
-        if left.shape[0] != b * length:
-            raise ModelError(
-                f"{block.name}: the layer saw {left.shape[0]} token rows where the batch has {b} x {length}; "
-                "its tokens cannot be traced to samples"
-            )
-        product = torch.bmm(left.view(b, length, -1).transpose(1, 2), right.view(b, length, -1))
-        self._add(block, product)
-
-    def add_sum(self, block: Block, values: Tensor) -> None:
-        """Add the sum of sample i's rows of `values` (n, p) to its block of shape (p,)."""
-        b, length = self.rows
-        self._add(block, values.view(b, length, -1).sum(dim=1))
-
-    def _add(self, block: Block, values: Tensor) -> None:
-        target = self.out[:, block.offset : block.offset + block.size].view(values.shape)
-        if block.offset in self._written:  # a layer that runs more than once in a forward pass
-            target.add_(values)
-        else:
-            target.copy_(values)
-            self._written.add(block.offset)
-
     def close(self, layout: list[Block]) -> None:
-        """Zero the blocks whose layer took no part in this pass."""
+        """Zero the blocks whose layer took no part in this pass, and let go of the matrix."""
         for block in layout:
             if block.offset not in self._written:
-                self.out[:, block.offset : block.offset + block.size] = 0
+                self._target(block).zero_()
         self.out = torch.empty(0)
 
+    def add_outer(self, block: Block, rows: TokenRows, left: Tensor, right: Tensor) -> None:
+        """Add the sum of left_t right_t^T over each sample's rows; left (n, p), right (n, q)."""
+        if not rows.fits(len(left)):
+            raise ModelError(f"{block.name}: {len(left)} token rows do not fit {rows}; leave this layer out")
+        rows.outer(left, right, self._target(block), add=self._seen(block))
 
-@dataclass(slots=True)
+    def add_sum(self, block: Block, rows: TokenRows, values: Tensor) -> None:
+        """Add the sum of each sample's rows of `values` (n, p)."""
+        rows.sum(values, self._target(block), add=self._seen(block))
+
+    def _target(self, block: Block) -> Tensor:
+        return self.out[:, block.offset : block.offset + block.size].view(-1, *block.shape)
+
+    def _seen(self, block: Block) -> bool:
+        """Whether the block was written before: a layer can run more than once in a forward pass."""
+        seen = block.offset in self._written
+        self._written.add(block.offset)
+        return seen
+
+
+@dataclass(frozen=True, slots=True)
 class LoraSpec:
     """One LoRA layer as the autograd functions need it."""
 
@@ -121,8 +113,8 @@ class FusedLoraLinear(torch.autograd.Function):
         spec: LoraSpec,
     ) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
+        h = tokens.to(lora_a.dtype) @ lora_a.t()  # (n, r)
         merge = _merging_pays(tokens, weight, lora_a)
-        h = tokens.to(lora_a.dtype) @ lora_a.t()
         if merge:
             out = F.linear(tokens, torch.addmm(weight, lora_b, lora_a, alpha=spec.scaling), bias)
         else:
@@ -134,8 +126,8 @@ class FusedLoraLinear(torch.autograd.Function):
         if lora_bias is not None:
             out = (out + spec.scaling * lora_bias).to(out.dtype)
         ctx.save_for_backward(tokens, h, lora_a, lora_b, weight)
-        ctx.spec, ctx.merge, ctx.x_shape = spec, merge, x.shape
-        return out.view(*x.shape[:-1], -1)
+        ctx.spec, ctx.rows, ctx.merge, ctx.x_shape = spec, spec.sink.rows, merge, x.shape
+        return out.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -144,10 +136,10 @@ class FusedLoraLinear(torch.autograd.Function):
         g = grad_outputs[0].reshape(-1, weight.shape[0])
         g_adapter = g.to(lora_a.dtype)
         dh = (g_adapter @ lora_b).mul_(spec.scaling)  # (n, r)
-        spec.sink.add_outer(spec.a, dh, tokens.to(lora_a.dtype))
-        spec.sink.add_outer(spec.b, g_adapter, h * spec.scaling)
+        spec.sink.add_outer(spec.a, ctx.rows, dh, tokens.to(lora_a.dtype))
+        spec.sink.add_outer(spec.b, ctx.rows, g_adapter, h * spec.scaling)
         if spec.bias is not None:
-            spec.sink.add_sum(spec.bias, g_adapter * spec.scaling)
+            spec.sink.add_sum(spec.bias, ctx.rows, g_adapter * spec.scaling)
         dx = None
         if ctx.needs_input_grad[0]:
             if ctx.merge:
@@ -185,7 +177,7 @@ class PerSampleLinear(torch.autograd.Function):
         sink: GradientSink,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.block, ctx.bias_block, ctx.sink = block, bias_block, sink
+        ctx.block, ctx.bias_block, ctx.sink, ctx.rows = block, bias_block, sink, sink.rows
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -193,35 +185,15 @@ class PerSampleLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         g = grad_outputs[0]
         flat = g.reshape(-1, weight.shape[0])
-        ctx.sink.add_outer(ctx.block, flat, x.reshape(-1, weight.shape[1]))
+        ctx.sink.add_outer(ctx.block, ctx.rows, flat, x.reshape(-1, weight.shape[1]))
         if ctx.bias_block is not None:
-            ctx.sink.add_sum(ctx.bias_block, flat)
+            ctx.sink.add_sum(ctx.bias_block, ctx.rows, flat)
         return (g @ weight if ctx.needs_input_grad[0] else None), None, None, None, None, None
 
 
-@dataclass(slots=True)
-class AdaptedLayer:
-    """A LoRA layer of the adapter and the reason why the fast path cannot take it (empty when it can)."""
-
-    name: str
-    module: Any  # a peft LoraLayer, which is also an nn.Module
-    spec: LoraSpec
-    not_fast: str
-
-    def forwards(self, adapter: str, fast: bool) -> list[tuple[nn.Module, Callable]]:
-        """The (module, replacement forward) pairs that make this layer write per-sample gradients."""
-        lora_a, lora_b = self.module.lora_A[adapter], self.module.lora_B[adapter]
-        if fast:
-            return [(self.module, _fused_forward(self.module, lora_a, lora_b, self.spec))]
-        spec = self.spec
-        return [
-            (lora_a, _linear_forward(lora_a, spec.a, None, spec.sink)),
-            (lora_b, _linear_forward(lora_b, spec.b, spec.bias, spec.sink)),
-        ]
-
-
-def _fused_forward(layer: Any, lora_a: Any, lora_b: Any, spec: LoraSpec) -> Callable:
-    base = layer.get_base_layer()
+def fused_forward(layer: Any, adapter: str, spec: LoraSpec) -> Callable:
+    """A forward for a plain PEFT LoRA layer: the fast path."""
+    base, lora_a, lora_b = layer.get_base_layer(), layer.lora_A[adapter], layer.lora_B[adapter]
     transposed = isinstance(base, Conv1D)  # GPT-2 stores W as (in, out)
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -231,98 +203,34 @@ def _fused_forward(layer: Any, lora_a: Any, lora_b: Any, spec: LoraSpec) -> Call
     return forward
 
 
-def _linear_forward(linear: Any, block: Block, bias: Block | None, sink: GradientSink) -> Callable:
+def linear_forward(linear: Any, block: Block, bias: Block | None, sink: GradientSink) -> Callable:
+    """A forward for one of the two linears inside a LoRA layer: the general path."""
+
     def forward(x: Tensor) -> Tensor:
         return PerSampleLinear.apply(x, linear.weight, linear.bias, block, bias, sink)
 
     return forward
 
 
-def survey(model: nn.Module, adapter: str, sink: GradientSink) -> tuple[list[AdaptedLayer], list[Block]]:
-    """Find every LoRA layer of `adapter` and fix the order of its parameters.
+def one_by_one_forward(module: nn.Module, sink: GradientSink) -> Callable:
+    """A forward that passes samples through a (b, T, H) -> (b, T, H) module one at a time.
 
-    The order is that of `model.named_parameters()`. Raises ModelError, naming the layer, for anything whose
-    per-sample gradient we cannot form exactly; no layer is ever skipped silently.
+    Inside a mixture-of-experts block tokens are regrouped by expert, and which sample they came from is lost;
+    when only one sample is inside, there is nothing to lose.
     """
-    modules = {}
-    for name, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper) and adapter in module._adapters:
-            raise ModelError(
-                f"{name}: adapter '{adapter}' also trains whole modules or tokens ({type(module).__name__}), "
-                "which per-sample LoRA gradients do not cover; drop modules_to_save / trainable_token_indices"
-            )
-        if isinstance(module, BaseTunerLayer) and adapter in _adapters_of(module):
-            _refuse_unknown(name, module, adapter)
-            modules[name] = module
-    if not modules:
-        known = sorted({a for m in model.modules() if isinstance(m, BaseTunerLayer) for a in _adapters_of(m)})
-        raise ModelError(f"no LoRA layers for adapter '{adapter}'; there are {known or 'none'}")
+    original = module.forward
 
-    wanted = {}
-    for module in modules.values():
-        for linear in (module.lora_A[adapter], module.lora_B[adapter]):
-            wanted.update({id(p): p for p in linear.parameters()})
-    layout, by_id, offset = [], {}, 0
-    for name, parameter in model.named_parameters():
-        if id(parameter) in wanted:
-            block = Block(name, tuple(parameter.shape), offset)
-            layout.append(block)
-            by_id[id(parameter)] = block
-            offset += block.size
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        whole = sink.rows
+        outputs = []
+        try:
+            for sample, own in enumerate(hidden.split(1)):
+                sink.rows = OneSampleRows(sample)
+                outputs.append(original(own, *args, **kwargs))
+        finally:
+            sink.rows = whole
+        if isinstance(outputs[0], tuple):  # (hidden states, router logits)
+            return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
+        return torch.cat(outputs)
 
-    layers = []
-    for name, module in modules.items():
-        lora_a, lora_b = module.lora_A[adapter], module.lora_B[adapter]
-        spec = LoraSpec(
-            scaling=float(module.scaling[adapter]),
-            a=by_id[id(lora_a.weight)],
-            b=by_id[id(lora_b.weight)],
-            bias=None if lora_b.bias is None else by_id[id(lora_b.bias)],
-            sink=sink,
-        )
-        layers.append(AdaptedLayer(name, module, spec, _why_not_fast(module, adapter)))
-    return layers, layout
-
-
-def _adapters_of(module: BaseTunerLayer) -> set[str]:
-    """Names of the adapters that hold parameters in this layer."""
-    containers = (getattr(module, attribute, None) for attribute in module.adapter_layer_names)
-    return {key for container in containers if container is not None for key in container}
-
-
-def _refuse_unknown(name: str, module: BaseTunerLayer, adapter: str) -> None:
-    kind = type(module).__name__
-    if not isinstance(module, LoraLayer):
-        raise ModelError(f"{name}: {kind} is not a LoRA layer; give a LoRA adapter")
-    if isinstance(module, (ParamWrapper, MultiheadAttention)):
-        raise ModelError(
-            f"{name}: {kind} adapts a bare parameter, so tokens cannot be traced to samples; "
-            "leave it out of target_parameters / target_modules"
-        )
-    if adapter in module.lora_variant:
-        variant = module.lora_variant[adapter]
-        variant_name = (variant if isinstance(variant, type) else type(variant)).__name__
-        raise ModelError(f"{name}: {variant_name} is not plain LoRA; train the adapter without it")
-    if module.merged:
-        raise ModelError(f"{name}: {module.merged_adapters} merged into the base; call unmerge_adapter()")
-    for factors in (module.lora_A, module.lora_B):
-        if adapter not in factors or type(factors[adapter]) is not nn.Linear:
-            found = type(factors[adapter]).__name__ if adapter in factors else "no linear factor"
-            raise ModelError(f"{name}: {kind} has {found} for A or B; adapt linear layers only")
-
-
-def _why_not_fast(module: LoraLayer, adapter: str) -> str:
-    """Empty when `FusedLoraLinear` computes just what this layer's own forward would."""
-    if type(module) is not LoraLinear:
-        return f"{type(module).__name__} has a forward of its own"
-    base = module.get_base_layer()
-    if base is not module.base_layer or type(base) not in (nn.Linear, Conv1D):
-        return f"its base is {type(module.base_layer).__name__}, not a plain linear"
-    parts = [module, base, module.lora_A[adapter], module.lora_B[adapter]]
-    if any("forward" in part.__dict__ for part in parts):
-        return "its forward was replaced by another library"
-    if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
-        return "it has forward hooks"
-    if any(hasattr(part, "parametrizations") for part in parts):
-        return "its weight is parametrised"
-    return ""
+    return forward
