@@ -5,7 +5,8 @@ import pytest
 import torch
 from planted import planted_rows
 
-from gradientspace.svd import estimate_rank, gradient_svd
+from gradientspace.rank import estimate_rank
+from gradientspace.svd import gradient_svd
 from gradientspace.unit_rows import IdenticalRowsError, RowsError
 
 
@@ -90,6 +91,15 @@ def test_planted_clusters_are_counted(n_clusters, common):
     assert estimate.confidence >= 0.9
     assert estimate.criteria["parallel"]["directions"] == n_clusters - 1
     assert json.loads(json.dumps(estimate.to_dict()))["n_clusters"] == n_clusters
+
+
+def test_a_tight_rare_cluster_does_not_make_the_rest_look_structured():
+    """Its rows hold little noise, those of the large cluster much: the null has to know."""
+    for seed in range(3):
+        rows, _ = planted_rows(256, 4000, 2, 0.5, weights=[20.0, 1.0], common=0.2, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        svd = gradient_svd(rows, 4, n_draws=20, generator=generator)
+        assert estimate_rank(svd, generator=generator).n_clusters == 2
 
 
 @pytest.mark.parametrize("common", [0.0, 0.5])

@@ -30,7 +30,8 @@ from gradientspace.centroids import Centroids, Projection
 from gradientspace.errors import RunFolderError
 from gradientspace.kmeans import spherical_kmeans
 from gradientspace.memory import MemoryPlan, plan_memory
-from gradientspace.svd import GradientSVD, RankEstimate, estimate_rank, gradient_svd
+from gradientspace.rank import RankEstimate, estimate_rank
+from gradientspace.svd import GradientSVD, gradient_svd
 from gradientspace.unit_rows import IdenticalRowsError, Rows, RowsError
 
 __all__ = [
