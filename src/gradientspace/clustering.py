@@ -91,7 +91,7 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
 
     def __init__(
         self,
-        n_clusters="auto",
+        n_clusters: int | str = "auto",
         random_state=None,
         *,
         n_components=64,

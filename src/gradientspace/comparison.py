@@ -17,6 +17,7 @@ from gradientspace.evaluation import agreement, exact_matches, paired_bootstrap,
 from gradientspace.grouping import Groups, held_out
 from gradientspace.inference import BASE, Experts, expert_folders
 from gradientspace.job import Job
+from gradientspace.models import padding_id
 from gradientspace.router import Router
 from gradientspace.run import Run, write_json
 
@@ -25,7 +26,7 @@ SCHEMA = 1
 
 @dataclass
 class Outcome:
-    """One method on the evaluated samples: losses (n,), and where answers were asked for, answers and 0/1 matches."""
+    """One method on the evaluated samples: losses (n,), and where asked for, answers and 0/1 matches (n,)."""
 
     losses: np.ndarray
     tokens: np.ndarray
@@ -49,7 +50,8 @@ def evaluate(job: Job, folder: Path) -> None:
         "single": measure(job, [job.run.path / "single"], np.zeros(n, dtype=int)),
     }
     for name in job.config.evaluation.baselines:
-        choice = Groups.read(job.run.path / f"baselines/{name}/groups").held_out[[rows[s.id] for s in samples]]
+        routes = Groups.read(job.run.path / f"baselines/{name}/groups").held_out
+        choice = routes[[rows[s.id] for s in samples]]
         outcomes[name] = measure(job, expert_folders(job.run.path / f"baselines/{name}/experts"), choice)
     experts = expert_folders(job.run.path / "experts")
     by_expert = loss_of_every_expert(job, experts)
@@ -72,7 +74,10 @@ def evaluate(job: Job, folder: Path) -> None:
             f"{a} - {b}": compare_outcomes(outcomes[a], outcomes[b], domains, job.config.seed)
             for a, b in comparisons(list(outcomes))
         },
-        "clustering": {**describe_groups(job, groups), **{k: v for k, v in groups.facts.items() if k != "variance"}},
+        "clustering": {
+            **describe_groups(job, groups),
+            **{name: fact for name, fact in groups.facts.items() if name != "variance"},
+        },
         "groupings": {
             name: describe_groups(job, Groups.read(job.run.path / f"baselines/{name}/groups"))
             for name in job.config.evaluation.baselines
@@ -87,19 +92,24 @@ def evaluate(job: Job, folder: Path) -> None:
 
 
 def measure(job: Job, folders: Sequence[Path], choice: np.ndarray) -> Outcome:
-    """Losses, and with `evaluation.exact_match` greedy answers, of the evaluated samples, each under its adapter."""
+    """Losses, and with `evaluation.exact_match` greedy answers, of the evaluated samples."""
     samples, options = job.evaluated(), job.config.evaluation
     with Experts(job.base, folders) as experts:
         losses, tokens = experts.losses(
             samples, choice, batch_size=options.per_device_eval_batch_size,
-            pad_token_id=int(job.tokenizer.pad_token_id),
+            pad_token_id=padding_id(job.tokenizer),
         )  # fmt: skip
         if not options.exact_match:
             return Outcome(losses, tokens)
         answers = experts.generate(
-            [s.prompt_ids for s in samples], choice, job.tokenizer, batch_size=options.per_device_eval_batch_size,
-            max_new_tokens=options.max_new_tokens, do_sample=False, eos_token_id=job.template.stop_ids,
-        )  # fmt: skip
+            [s.prompt_ids for s in samples],
+            choice,
+            job.tokenizer,
+            batch_size=options.per_device_eval_batch_size,
+            max_new_tokens=options.max_new_tokens,
+            do_sample=False,
+            eos_token_id=job.template.stop_ids,
+        )
     return Outcome(losses, tokens, answers, exact_matches(answers, [s.reference for s in samples]))
 
 
@@ -109,7 +119,7 @@ def loss_of_every_expert(job: Job, folders: Sequence[Path]) -> np.ndarray:
     with Experts(job.base, folders) as experts:
         columns = [
             experts.losses(
-                samples, np.full(len(samples), k), pad_token_id=int(job.tokenizer.pad_token_id),
+                samples, np.full(len(samples), k), pad_token_id=padding_id(job.tokenizer),
                 batch_size=job.config.evaluation.per_device_eval_batch_size,
             )[0]
             for k in range(len(folders))
@@ -131,7 +141,7 @@ def method_cost(job: Job, name: str) -> dict[str, Any]:
 
 
 def comparisons(methods: Sequence[str]) -> list[tuple[str, str]]:
-    """Which pairs get an interval: each trained method against the single adapter, ours against each baseline."""
+    """Which pairs get an interval: every trained method against `single`, ours against every baseline."""
     others = [m for m in methods if m not in ("base", "single", "gradientspace", "oracle")]
     return [
         ("gradientspace", "single"),
@@ -142,10 +152,18 @@ def comparisons(methods: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def compare_outcomes(a: Outcome, b: Outcome, domains: Sequence[str], seed: int) -> dict[str, Any]:
-    """Paired differences a - b with 95 % intervals: `loss` in nats and, where measured, `exact_match`."""
-    result: dict[str, Any] = {"loss": paired_bootstrap(a.losses - b.losses, domains, seed=seed)}
-    total = a.tokens.sum()
-    result["token_loss"] = float(((a.losses - b.losses) * a.tokens).sum() / total)
+    """Paired differences a - b: `loss` in nats and, where measured, `exact_match`, with 95 % intervals.
+
+    `token_loss` and `domain_mean_token_loss` are the same difference per token, and per token averaged over domains.
+    """
+    difference = a.losses - b.losses
+    labels = np.asarray(domains)
+    by_domain = [np.average(difference[labels == d], weights=a.tokens[labels == d]) for d in np.unique(labels)]
+    result: dict[str, Any] = {
+        "loss": paired_bootstrap(difference, domains, seed=seed),
+        "token_loss": float(np.average(difference, weights=a.tokens)),
+        "domain_mean_token_loss": float(np.mean(by_domain)),
+    }
     if a.exact is not None and b.exact is not None:
         result["exact_match"] = paired_bootstrap(a.exact - b.exact, domains, seed=seed)
     return result
@@ -170,8 +188,8 @@ def describe_router(
 ) -> dict[str, float]:
     """How often the router agrees with the sample's own gradient, and what its choice costs.
 
-    `regret` is the routed expert's loss minus that of the expert of the sample's gradient cluster, in nats, over
-    samples that have one; `oracle_gap` the same against the expert with the lowest loss.
+    `regret` is the routed expert's loss minus that of the expert of the sample's gradient cluster, in nats,
+    over samples that have one; `oracle_gap` the same against the expert with the lowest loss.
     """
     rows = np.arange(len(routed))
     known = clusters >= 0
@@ -222,17 +240,18 @@ def write_samples(
 def compare(runs: Sequence[Run], *, against: str = "single") -> dict[str, Any]:
     """Every method of every run beside each other, with paired differences from one of them.
 
-    Methods are named `RUN/METHOD` where there is more than one run. `against` is a method of the first run. All
-    runs must have been evaluated on the same samples. Raises `InputError` otherwise.
+    Methods are named `RUN/METHOD` where there is more than one run. `against` is a method of the first run.
+    All runs must have been evaluated on the same samples. Raises `InputError` otherwise.
     """
     tables = {run.path.name: _read_samples(run) for run in runs}
-    first = next(iter(tables.values()))
+    leader, first = next(iter(tables.items()))
     for name, table in tables.items():
         if table["id"].to_pylist() != first["id"].to_pylist():
-            raise InputError(f"{name} was evaluated on other samples than {next(iter(tables))}: use the same data and seed")
+            raise InputError(f"{name} was evaluated on other samples than {leader}: use the same data and seed")
     if f"loss:{against}" not in first.column_names:
-        raise InputError(f"{next(iter(tables))} has no method {against!r}; it has {', '.join(_methods(first))}")
-    strata = [d or s or "all" for d, s in zip(first["domain"].to_pylist(), first["source"].to_pylist(), strict=True)]
+        raise InputError(f"{leader} has no method {against!r}; it has {', '.join(_methods(first))}")
+    pairs = zip(first["domain"].to_pylist(), first["source"].to_pylist(), strict=True)
+    strata = [domain or source or "all" for domain, source in pairs]
     rows = {}
     for name, table in tables.items():
         for method in _methods(table):

@@ -258,6 +258,11 @@ class GradientSpaceConfig:
                 f"clustering.n_clusters is auto, which needs gradients: give a number with "
                 f"clustering.method={self.clustering.method}"
             )
+        if self.clustering.settle != "none" and self.clustering.target == "routable":
+            raise ConfigError(
+                f"clustering.settle={self.clustering.settle} reassigns by gradient, which a prompt cannot predict: "
+                "use it with clustering.target=plain"
+            )
         if self.router.head == "ridge" and self.clustering.target != "routable":
             raise ConfigError("router.head=ridge needs clustering.target=routable; use router.head=logistic")
         return self

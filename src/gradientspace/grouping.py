@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +23,11 @@ from gradientspace.data import Dataset, Sample
 from gradientspace.encoder import Encoder
 from gradientspace.evaluation import variance_shares
 from gradientspace.gradients import GradientBatch, PerSampleGradients
+from gradientspace.kmeans import merge_small_clusters
 from gradientspace.progress import Progress, say
 from gradientspace.routable import RoutableMap
 from gradientspace.run import write_json
+from gradientspace.settle import coordinate_stability, moved_share, settle_by_coordinates
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -50,7 +52,7 @@ class Groups:
 
     def members(self, samples: Sequence[Sample]) -> list[list[Sample]]:
         """The samples of each cluster, in data order."""
-        return [[samples[i] for i in np.flatnonzero(self.fit == k)] for k in range(self.n_clusters)]
+        return [[samples[i] for i in np.flatnonzero(self.fit == k).tolist()] for k in range(self.n_clusters)]
 
     def write(self, folder: Path, data: Dataset) -> None:
         """`assignments.parquet`, `held_out.parquet` and `clustering.json`, where they are not there already."""
@@ -92,8 +94,8 @@ class PassTable:
 
     @classmethod
     def empty(cls, n: int, q: int) -> PassTable:
-        columns = [np.zeros(n, dtype=np.float32) for _ in range(4)]
-        return cls(np.full(n, -1, dtype=np.int64), *columns, np.zeros((n, q), dtype=np.float32))
+        cosine, margin, norm, loss = (np.zeros(n, dtype=np.float32) for _ in range(4))
+        return cls(np.full(n, -1), cosine, margin, norm, loss, np.zeros((n, q), dtype=np.float32))
 
     def fill(self, batch: GradientBatch, assignment: Assignment) -> None:
         rows = batch.indices.numpy()
@@ -101,6 +103,15 @@ class PassTable:
             values = assignment.labels if name == "cluster" else getattr(assignment, name)
             getattr(self, name)[rows] = torch.as_tensor(values).cpu().numpy()
         self.norm[rows], self.loss[rows] = batch.norms.cpu().numpy(), batch.losses.cpu().numpy()
+
+    def relabel(self, labels: np.ndarray, centres: np.ndarray) -> None:
+        """Other clusters, whose centroids lie in the subspace: (K, q) unit rows. The margin may be negative."""
+        cosines = self.coordinates @ centres.T.astype(np.float32)
+        rows = np.arange(len(labels))
+        self.cluster, self.cosine = labels, np.where(labels >= 0, cosines[rows, labels], 0)
+        if cosines.shape[1] > 1:
+            cosines[rows, labels] = -2
+            self.margin = np.where(labels >= 0, self.cosine - cosines.max(axis=1), 0)
 
     def write(self, path: Path, samples: Sequence[Sample], **more: np.ndarray) -> None:
         coordinates = pa.FixedSizeListArray.from_arrays(self.coordinates.ravel(), self.coordinates.shape[1])
@@ -119,6 +130,7 @@ def gradient_groups(
     options = config.clustering
     with PerSampleGradients(model) as engine:
         clusterer = _new_clusterer(options, config.seed)
+        say(clusterer.plan_memory(engine.dim).table())
         clusterer.initialize(_validation_gradients(engine, data.validation, config))
         _announce(clusterer)
         fit = _learn(engine, clusterer, data.fit, config)
@@ -126,11 +138,24 @@ def gradient_groups(
         if options.target == "routable" and clusterer.n_clusters_ > 1:
             embeddings = encoder.encode([s.prompt for s in data.fit])
             _make_routable(clusterer, fit, embeddings, options, config.seed).save(folder / "routable")
+        else:
+            _merge_small(clusterer, fit, options.min_cluster_size)
+        if options.settle == "exact":
+            fit, _ = _judge(engine, clusterer, data.fit, config)
         judged, variance = _judge(engine, clusterer, held_out(data), config)
+    if options.settle == "coordinates":
+        _settle(clusterer, fit, judged)
     clusterer.save(folder)
     fit.write(folder / "assignments.parquet", data.fit, online_cluster=online)
     judged.write(folder / "held_out.parquet", held_out(data))
-    facts = {"dimension": engine.dim, "spectrum": _spectrum(clusterer), "variance": variance}
+    stability = coordinate_stability(fit.coordinates, clusterer.n_clusters_, random_state=config.seed)
+    facts = {
+        "dimension": engine.dim,
+        "spectrum": _spectrum(clusterer),
+        "stability": asdict(stability),
+        "moved_after_online_pass": moved_share(online, fit.cluster),
+        "variance": variance,
+    }
     return Groups(fit.cluster, judged.cluster, clusterer.n_clusters_, facts)
 
 
@@ -155,7 +180,7 @@ def _validation_gradients(
 ) -> torch.Tensor:
     """The matrix G of raw gradients, (M, D) float32."""
     say(f"  gradients have D = {engine.dim:,} numbers; {len(samples)} of them find K and the subspace")
-    matrix = torch.empty(len(samples), engine.dim)
+    matrix = torch.zeros(len(samples), engine.dim)  # a sample that is left out stays zero
     with Progress("validation gradients", len(samples), "sample") as progress:
         for batch in _batches(engine, samples, config):
             matrix[batch.indices] = batch.gradients
@@ -187,7 +212,10 @@ def _spectrum(clusterer: OnlineSVDClusterer) -> dict[str, Any]:
 
 
 def _learn(
-    engine: PerSampleGradients, clusterer: OnlineSVDClusterer, samples: Sequence[Sample], config: GradientSpaceConfig
+    engine: PerSampleGradients,
+    clusterer: OnlineSVDClusterer,
+    samples: Sequence[Sample],
+    config: GradientSpaceConfig,
 ) -> PassTable:
     """The one online pass over `fit`: assign every sample, then let the centroids follow."""
     table = PassTable.empty(len(samples), len(clusterer.components_))
@@ -200,7 +228,10 @@ def _learn(
 
 
 def _judge(
-    engine: PerSampleGradients, clusterer: OnlineSVDClusterer, samples: Sequence[Sample], config: GradientSpaceConfig
+    engine: PerSampleGradients,
+    clusterer: OnlineSVDClusterer,
+    samples: Sequence[Sample],
+    config: GradientSpaceConfig,
 ) -> tuple[PassTable, dict[str, float]]:
     """Clusters of held-out samples, and how much of their gradients' variance lies between the clusters.
 
@@ -223,16 +254,49 @@ def _judge(
 
 
 def _make_routable(
-    clusterer: OnlineSVDClusterer, table: PassTable, embeddings: np.ndarray, options: ClusteringConfig, seed: int
+    clusterer: OnlineSVDClusterer,
+    table: PassTable,
+    embeddings: np.ndarray,
+    options: ClusteringConfig,
+    seed: int,
 ) -> RoutableMap:
     """Cluster what the prompt predicts of each gradient; its centroids, lifted back, replace the online ones."""
-    routable = RoutableMap(clusterer.n_clusters_, alpha=options.ridge, n_init=options.n_init, random_state=seed)
+    routable = RoutableMap(
+        clusterer.n_clusters_,
+        alpha=options.ridge,
+        n_init=options.n_init,
+        min_cluster_size=options.min_cluster_size,
+        random_state=seed,
+    )
     usable = table.cluster >= 0
     routable.fit(embeddings, np.where(usable[:, None], table.coordinates, 0))
-    table.cluster = np.asarray(routable.labels_)
     clusterer.replace_centers(routable.lift(clusterer.components_))
+    table.relabel(np.asarray(routable.labels_), routable.centres_.numpy())
     say(f"  the prompt predicts {100 * routable.explained_:.1f} % of the coordinates' variance (out of fold)")
     return routable
+
+
+def _merge_small(clusterer: OnlineSVDClusterer, table: PassTable, min_size: int) -> None:
+    labels, centres, _ = merge_small_clusters(table.cluster, clusterer.cluster_centers_, min_size)
+    if len(centres) < clusterer.n_clusters_:
+        say(f"  {clusterer.n_clusters_ - len(centres)} clusters of fewer than {min_size} samples were merged")
+        clusterer.replace_centers(centres)
+        table.cluster = labels
+
+
+def _settle(clusterer: OnlineSVDClusterer, table: PassTable, judged: PassTable) -> None:
+    """Reassign by coordinates under the final centroids, where they agree with full dimension on held-out rows."""
+    settled = settle_by_coordinates(
+        table.cluster,
+        table.coordinates,
+        np.asarray(clusterer.cluster_centers_),
+        np.asarray(clusterer.components_),
+        checked_coordinates=judged.coordinates,
+        checked_labels=judged.cluster,
+    )
+    if settled.refused:
+        say(f"  not settled: coordinates agree with full dimension on {100 * settled.agreement:.0f} % of rows only")
+    table.cluster = settled.labels
 
 
 def _batches(

@@ -13,7 +13,7 @@ import torch
 
 from gradientspace.data import Sample, Template, pad_batch
 from gradientspace.errors import ModelError, RunFolderError
-from gradientspace.models import load_adapters, load_base, load_tokenizer
+from gradientspace.models import load_adapters, load_base, load_tokenizer, padding_id
 from gradientspace.progress import Progress
 from gradientspace.router import Router
 
@@ -64,7 +64,7 @@ class Experts:
         self.close()
 
     @contextlib.contextmanager
-    def active(self, expert: int) -> Iterator[torch.nn.Module]:
+    def active(self, expert: int) -> Iterator[Any]:
         """The model with one adapter on, or none for `BASE`."""
         if expert == BASE or self.model is None:
             with self.model.disable_adapter() if self.model is not None else contextlib.nullcontext():
@@ -107,7 +107,7 @@ class Experts:
         answers = [""] * len(prompts)
         with Progress("answers", len(prompts), "prompt") as progress:
             for expert, rows in _batches(experts, [len(p) for p in prompts], batch_size):
-                ids, mask = _left_pad([prompts[i] for i in rows], int(tokenizer.pad_token_id))
+                ids, mask = _left_pad([prompts[i] for i in rows], padding_id(tokenizer))
                 with self.active(expert) as model:
                     output = model.generate(
                         input_ids=ids.to(self.base.device),
@@ -159,7 +159,11 @@ class RoutedModel:
         return decide(self.router.predict_proba([prompt])[0], self.router.threshold)
 
     def generate(
-        self, prompt_or_messages: str | Sequence[Mapping[str, Any]], *, max_new_tokens: int = 128, **options: Any
+        self,
+        prompt_or_messages: str | Sequence[Mapping[str, Any]],
+        *,
+        max_new_tokens: int = 128,
+        **options: Any,
     ) -> str:
         """The routed expert's answer. `options` go to transformers' `generate`; greedy unless they say otherwise."""
         decision = self.route(prompt_or_messages)
@@ -200,13 +204,13 @@ def _completion_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> 
     device = next(model.parameters()).device
     labels = batch["labels"][:, 1:].to(device)
     logits = model(
-        input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device), use_cache=False
+        input_ids=batch["input_ids"].to(device),
+        attention_mask=batch["attention_mask"].to(device),
+        use_cache=False,
     ).logits[:, :-1]
     supervised = labels != -100
     # Only supervised positions are turned to float32 and normalised: prompts are most of a batch.
-    token_losses = torch.nn.functional.cross_entropy(
-        logits[supervised].float(), labels[supervised], reduction="none"
-    )
+    token_losses = torch.nn.functional.cross_entropy(logits[supervised].float(), labels[supervised], reduction="none")
     sums = torch.zeros(labels.shape[0], device=device).index_add_(0, supervised.nonzero()[:, 0], token_losses)
     return sums.double().cpu(), supervised.sum(dim=1).cpu()
 

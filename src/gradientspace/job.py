@@ -15,7 +15,7 @@ from gradientspace.config import GradientSpaceConfig
 from gradientspace.data import Dataset, Sample, Template, load
 from gradientspace.encoder import Encoder
 from gradientspace.grouping import Groups
-from gradientspace.models import load_base, load_tokenizer, lora, save_adapter
+from gradientspace.models import load_base, load_tokenizer, lora, padding_id, save_adapter
 from gradientspace.run import Run, write_json
 from gradientspace.training import train_adapter
 
@@ -77,7 +77,7 @@ class Job:
                     self.config.training,
                     epochs=epochs,
                     seed=self.config.seed,
-                    pad_token_id=int(self.tokenizer.pad_token_id),
+                    pad_token_id=padding_id(self.tokenizer),
                     label=name,
                     learning_rate=learning_rate,
                 )
@@ -136,4 +136,3 @@ def _adapter_numbers(folder: Path) -> int:
     with safe_open(str(folder / "adapter_model.safetensors"), "np") as tensors:
         shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys()]  # noqa: SIM118
     return sum(rows * columns for rows, columns in shapes)
-

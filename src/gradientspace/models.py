@@ -10,7 +10,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -42,6 +42,11 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         raise ModelError(f"the tokenizer of {config.model_name_or_path} has neither a padding nor an end token")
     return tokenizer
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The padding token's id; `load_tokenizer` has seen to it that there is one."""
+    return cast(int, tokenizer.pad_token_id)
 
 
 def load_base(config: ModelConfig) -> PreTrainedModel:

@@ -44,7 +44,9 @@ def warm_up(job: Job) -> None:
 
 def cluster(job: Job) -> None:
     """Stage II: gradients stream into the clusterer."""
-    job.run.stage("clustering", lambda folder: make_groups(job, folder).write(folder, job.data), inputs=("warmup",))
+    job.run.stage(
+        "clustering", lambda folder: make_groups(job, folder).write(folder, job.data), inputs=("warmup",)
+    )
 
 
 def make_groups(job: Job, folder: Path) -> Groups:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch.utils.data import Dataset
+
 from gradientspace.config import TrainingConfig
 from gradientspace.data import Sample, pad_batch
 from gradientspace.progress import Progress
@@ -36,7 +38,7 @@ class TrainingSummary:
         return asdict(self)
 
 
-class _Rows:
+class _Rows(Dataset):
     """Samples as the mappings that the Trainer's length-grouped sampler wants."""
 
     def __init__(self, samples: Sequence[Sample]) -> None:
@@ -63,8 +65,8 @@ def train_adapter(
 ) -> TrainingSummary:
     """Minimise the mean completion-token cross-entropy of `samples`; changes the model's adapter in place.
 
-    `epochs` may be a fraction. The learning rate rises and falls once over the phase, so every phase has the same
-    schedule shape whatever its length.
+    `epochs` may be a fraction. The learning rate rises and falls once over the phase, so every phase has the
+    same schedule shape whatever its length.
     """
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -81,7 +83,7 @@ def train_adapter(
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
             bf16=config.bf16,
-            **({"activation_checkpointing": True} if config.gradient_checkpointing else {}),
+            activation_checkpointing=config.gradient_checkpointing,
             train_sampling_strategy="group_by_length",
             use_cpu=next(model.parameters()).device.type == "cpu",
             report_to=config.report_to,
