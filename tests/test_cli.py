@@ -12,7 +12,7 @@ import yaml
 from conftest import WORDS, micro_values, write_jsonl
 
 from gradientspace.cli import main
-from gradientspace.run import Run
+from gradientspace.run_folder import Run
 
 MODULES_THAT_ARE_SLOW = ("torch", "transformers", "peft", "sklearn", "numpy", "pyarrow")
 

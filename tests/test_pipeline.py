@@ -19,7 +19,7 @@ from conftest import micro_values
 from gradientspace.config import GradientSpaceConfig
 from gradientspace.inference import BASE, Experts, RoutedModel, expert_folders
 from gradientspace.pipeline import STEPS, run
-from gradientspace.run import VOLATILE, Run
+from gradientspace.run_folder import VOLATILE, Run
 
 pytestmark = pytest.mark.e2e
 

@@ -143,7 +143,7 @@ def _print_run_help() -> None:
 
 def _step(options: argparse.Namespace, overrides: list[str]) -> None:
     from gradientspace.pipeline import STAGES_OF, run
-    from gradientspace.run import Run
+    from gradientspace.run_folder import Run
 
     path = Path(options.run)
     config = Run.open(path).config if path.is_dir() and not overrides else load_config(options.run, overrides)
@@ -178,7 +178,7 @@ def _data(options: argparse.Namespace, overrides: list[str]) -> None:
 def _route(options: argparse.Namespace, _: list[str]) -> None:
     from gradientspace.inference import decide
     from gradientspace.router import Router
-    from gradientspace.run import Run
+    from gradientspace.run_folder import Run
 
     run = Run.open(options.run)
     router = Router.load(run.require("router", f"router {options.run}"))
@@ -202,7 +202,7 @@ def _generate(options: argparse.Namespace, _: list[str]) -> None:
 def _compare(options: argparse.Namespace, _: list[str]) -> None:
     from gradientspace.comparison import compare
     from gradientspace.pipeline import run
-    from gradientspace.run import Run, write_json
+    from gradientspace.run_folder import Run, write_json
     from gradientspace.tables import comparison_rows, render
 
     runs = [Run.open(p) if Path(p).is_dir() else run(load_config(p)) for p in options.runs]

@@ -19,7 +19,7 @@ from gradientspace.inference import BASE, Experts, expert_folders
 from gradientspace.job import Job
 from gradientspace.models import padding_id
 from gradientspace.router import Router
-from gradientspace.run import Run, write_json
+from gradientspace.run_folder import Run, write_json
 
 SCHEMA = 1
 

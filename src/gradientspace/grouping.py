@@ -26,7 +26,7 @@ from gradientspace.gradients import GradientBatch, PerSampleGradients
 from gradientspace.kmeans import merge_small_clusters
 from gradientspace.progress import Progress, say
 from gradientspace.routable import RoutableMap
-from gradientspace.run import write_json
+from gradientspace.run_folder import write_json
 from gradientspace.settle import coordinate_stability, moved_share, settle_by_coordinates
 
 if TYPE_CHECKING:

@@ -143,7 +143,7 @@ class RoutedModel:
     @classmethod
     def from_run(cls, path: str | Path) -> RoutedModel:
         """Load a finished run. Raises `RunFolderError` where a stage is missing."""
-        from gradientspace.run import Run
+        from gradientspace.run_folder import Run
 
         run = Run.open(path)
         router = Router.load(run.require("router", f"router {path}"))

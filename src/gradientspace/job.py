@@ -16,7 +16,7 @@ from gradientspace.data import Dataset, Sample, Template, load
 from gradientspace.encoder import Encoder
 from gradientspace.grouping import Groups
 from gradientspace.models import load_base, load_tokenizer, lora, padding_id, save_adapter
-from gradientspace.run import Run, write_json
+from gradientspace.run_folder import Run, write_json
 from gradientspace.training import train_adapter
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from gradientspace.models import lora
 from gradientspace.report import write_report
 from gradientspace.routable import RoutableMap
 from gradientspace.router import RidgeHead, Router
-from gradientspace.run import Run, write_json
+from gradientspace.run_folder import Run, write_json
 
 
 def run(config: GradientSpaceConfig, until: str = "report") -> Run:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from gradientspace.run import Run, write_text
+from gradientspace.run_folder import Run, write_text
 from gradientspace.tables import method_rows
 
 _STYLE = """

@@ -10,7 +10,7 @@ import pytest
 
 from gradientspace.config import GradientSpaceConfig
 from gradientspace.errors import RunFolderError
-from gradientspace.run import Run, write_json, write_text
+from gradientspace.run_folder import Run, write_json, write_text
 
 
 def config_in(folder: Path, **values: object) -> GradientSpaceConfig:
