@@ -88,9 +88,7 @@ class Centroids:
             values, length = self._centre(rows, scale, values, valid)
             valid = valid & (length > 0)
         values = torch.where(valid[:, None], values[:, :-1], values.new_zeros(()))
-        return Projection(
-            rows, scale, length, valid, values[:, : self.n_clusters], values[:, self.n_clusters :]
-        )
+        return Projection(rows, scale, length, valid, values[:, : self.n_clusters], values[:, self.n_clusters :])
 
     def _centre(self, rows: Tensor, scale: Tensor, values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Inner products of (u - mean) / |u - mean| from those of u."""
@@ -183,7 +181,7 @@ def dominant_direction(rows: Tensor, centre: Tensor) -> Tensor:
 
     Signed so that <v, mean row> >= 0; where that is within 1e-6 of zero, so that <v, centre> >= 0.
     """
-    rows = rows.to(compute_dtype(rows.dtype))
+    rows = rows.to(centre.dtype)
     values, vectors = torch.linalg.eigh((rows @ rows.T).double())
     weights = vectors[:, -1] / values[-1].clamp(min=1e-300).sqrt()
     direction = weights.to(rows.dtype) @ rows

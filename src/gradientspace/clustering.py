@@ -75,7 +75,7 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         direction of the sum of all rows it was ever given.
     momentum : m in (0, 1], the weight of the *new* direction: c <- normalise((1 - m) c + m v).
     cache_size : n, rows of a cluster between two moves of its centroid.
-    cache_dtype : "float32" or "bfloat16" (half the memory of the largest part).
+    cache_dtype : "float32" (float64 for float64 rows) or "bfloat16" (half the memory of the largest part).
     k_min, k_max, energy, n_draws : of the rank estimate; ignored when K is given.
     fallback_n_clusters : K where the estimate is undetermined (recorded in `rank_estimate_`, and logged).
     n_init : k-means restarts in the subspace.
@@ -326,19 +326,14 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         for start in range(0, len(rows), self.batch_size):
             self.partial_fit(rows[order[start : start + self.batch_size]])
         self.finalize()
-        parts = [
-            self._state.project(rows[i : i + self.batch_size]) for i in range(0, len(rows), self.batch_size)
-        ]
+        parts = [self._state.project(rows[i : i + self.batch_size]) for i in range(0, len(rows), self.batch_size)]
         labels = torch.cat([self._assignment(part, True)[0] for part in parts])
         self.labels_ = self._out(labels, as_torch)
         return self
 
     def _fit_stream(self, batches) -> "OnlineSVDClusterer":
         first: list = []
-        while (
-            sum(len(batch) for batch in first) < self.n_validation
-            and (batch := next(batches, None)) is not None
-        ):
+        while sum(len(batch) for batch in first) < self.n_validation and (batch := next(batches, None)) is not None:
             first.append(batch)
         if not first:
             raise RowsError("the stream is empty: nothing to cluster")
@@ -371,9 +366,7 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
             return int(self.n_clusters)
         if self.rank_estimate_.n_clusters is not None:
             return min(self.rank_estimate_.n_clusters, rows)
-        logger.warning(
-            "%s; using %d clusters", self.rank_estimate_.reason, min(self.fallback_n_clusters, rows)
-        )
+        logger.warning("%s; using %d clusters", self.rank_estimate_.reason, min(self.fallback_n_clusters, rows))
         return min(self.fallback_n_clusters, rows)
 
     def _seed_centroids(self, svd: GradientSVD, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -387,9 +380,7 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         sums = torch.zeros_like(centres).index_add_(0, labels.clamp(min=0), z * (labels >= 0)[:, None])
         return labels, centres @ svd.components[:dims], torch.linalg.vector_norm(sums, dim=1)
 
-    def _new_state(
-        self, centres: Tensor, components: Tensor, mean: Tensor | None, strengths: Tensor
-    ) -> Centroids:
+    def _new_state(self, centres: Tensor, components: Tensor, mean: Tensor | None, strengths: Tensor) -> Centroids:
         return Centroids(
             centres,
             components,
@@ -398,7 +389,7 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
             update=self.update,
             momentum=float(self.momentum),
             cache_size=int(self.cache_size),
-            cache_dtype=getattr(torch, self.cache_dtype),
+            cache_dtype=torch.bfloat16 if self.cache_dtype == "bfloat16" else centres.dtype,
         )
 
     def _assignment(self, batch: Projection, as_torch: bool) -> tuple[Tensor, Assignment]:
@@ -424,9 +415,7 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         """X as a 2-dimensional floating tensor, on its own device or, for NumPy input, the clusterer's."""
         if not isinstance(X, Tensor):
             kinds = [np.float64, np.float32]
-            array: Any = validate_data(
-                self, cast(Any, X), reset=reset, dtype=kinds, ensure_all_finite=False, order="C"
-            )
+            array: Any = validate_data(self, cast(Any, X), reset=reset, dtype=kinds, ensure_all_finite=False, order="C")
             device = "cpu" if reset else getattr(self, "_device", "cpu")
             # torch cannot wrap memory that it must not write to.
             return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device)

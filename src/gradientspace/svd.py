@@ -63,17 +63,13 @@ def gradient_svd(
         raise RowsError(f"all {len(rows)} validation rows are zero or non-finite: check losses and labels")
     gram, null_grams = _gram_matrices(unit, n_draws, generator)
     with threadpool_limits(1):
-        values, vectors = (
-            torch.from_numpy(part).to(gram.device) for part in np.linalg.eigh(gram.cpu().numpy())
-        )
+        values, vectors = (torch.from_numpy(part).to(gram.device) for part in np.linalg.eigh(gram.cpu().numpy()))
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     # Rounding in float32 products leaves eigenvalues of about eps * sqrt(M) * the largest.
     floor = max(float(values[0]), 1.0) * torch.finfo(unit.dtype).eps * 4 * len(gram) ** 0.5
     rank = int((values > floor).sum())
     if rank == 0:
-        raise IdenticalRowsError(
-            f"the {len(unit.index)} validation rows all point the same way: nothing is left"
-        )
+        raise IdenticalRowsError(f"all {len(unit.index)} validation rows point the same way: centring leaves nothing")
     values, vectors = values[:rank], vectors[:, :rank]
     # An eigenvector's sign is arbitrary; the largest entry positive makes it the same on every machine.
     vectors = vectors * vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)).sign()
