@@ -44,9 +44,7 @@ MODELS = {
         hf.OPTConfig(**COMMON, ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=16, init_std=0.2)
     ),
     "cohere": lambda: hf.CohereForCausalLM(hf.CohereConfig(**GATED, logit_scale=0.5)),
-    "mixtral": lambda: hf.MixtralForCausalLM(
-        hf.MixtralConfig(**GATED, num_local_experts=4, num_experts_per_tok=2)
-    ),
+    "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**GATED, num_local_experts=4, num_experts_per_tok=2)),
 }
 
 
@@ -77,7 +75,7 @@ def assert_exact(model, samples, limit=1e-5, **options):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_architecture_is_exact(name):
     samples = make_samples(32, seed=5)
-    engine = assert_exact(tiny(name), samples)
+    engine = assert_exact(tiny(name), samples, packing=False)
     assert engine.path == "fast"
     assert engine._head.mode == "chunked"
 
@@ -94,7 +92,7 @@ def test_general_path_is_exact(name):
 def test_checkpointed_is_exact_in_both_modes(name, path, reentrant):
     model = tiny(name)
     checkpoint(model, reentrant)
-    engine = assert_exact(model, make_samples(8), path=path)
+    engine = assert_exact(model, make_samples(8), path=path, packing=False)
     assert "checkpointed layers: 2" in engine.explain()
 
 
@@ -113,14 +111,13 @@ def test_packed_and_checkpointed_is_exact(reentrant):
 
 @pytest.mark.parametrize("name", ["gemma3", "phi", "gpt2", "opt", "mixtral"])
 def test_packing_is_refused_elsewhere_with_the_reason(name):
+    assert "packing: never; packing is shown to be exact for" in PerSampleGradients(tiny(name)).explain()
     with pytest.raises(ModelError, match="packing"):
         PerSampleGradients(tiny(name), packing=True)
 
 
 def test_rank_and_alpha_patterns():
-    model = tiny(
-        "llama", rank_pattern={"q_proj": 2, "down_proj": 7}, alpha_pattern={"v_proj": 3}, use_rslora=True
-    )
+    model = tiny("llama", rank_pattern={"q_proj": 2, "down_proj": 7}, alpha_pattern={"v_proj": 3}, use_rslora=True)
     engine = assert_exact(model, make_samples(8))
     assert {block.shape[0] for block in engine.layout if "lora_A" in block.name} == {2, 4, 7}
 
@@ -201,9 +198,7 @@ def routing_gap(model, sample):
     gaps = []
     handles = [
         m.gate.register_forward_hook(
-            lambda _, __, out: gaps.append(
-                out.softmax(-1).topk(3, dim=-1).values.diff(dim=-1)[:, 1].abs().min()
-            )
+            lambda _, __, out: gaps.append(out.softmax(-1).topk(3, dim=-1).values.diff(dim=-1)[:, 1].abs().min())
         )
         for m in model.modules()
         if isinstance(m, UnfusedExperts)
@@ -272,3 +267,21 @@ def test_a_forward_replaced_by_someone_else_takes_the_general_path_in_that_layer
     assert "q_proj: its forward was replaced" in engine.explain()
     with pytest.raises(ModelError, match="q_proj: no fast path"):
         PerSampleGradients(model, path="fast")
+
+
+def test_a_batch_is_packed_by_itself_where_padding_would_cost_more(monkeypatch):
+    model, samples = tiny("llama"), make_samples(8)
+    expected = torch.stack([reference(model, sample)[1] for sample in samples])
+    rows_seen = []
+    for layer in model.modules():
+        if isinstance(layer, hf.models.llama.modeling_llama.LlamaMLP):
+            layer.register_forward_hook(lambda _, args, __: rows_seen.append(args[0].shape[0]))
+    with PerSampleGradients(model) as engine:
+        rows_seen.clear()
+        assert relative_error(engine.compute(padded(samples)), expected) <= 1e-5
+        assert set(rows_seen) == {1}
+        rows_seen.clear()
+        engine.compute(padded(samples[:1] * 3))
+        assert set(rows_seen) == {3}
+    model.get_base_model().config._attn_implementation = "eager"
+    assert "never; it would replace the attention that was chosen, eager" in PerSampleGradients(model).explain()

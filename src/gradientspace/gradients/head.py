@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gradientspace.errors import ModelError
 from gradientspace.gradients.attach import replaced_forwards
 from gradientspace.gradients.layers import GradientSink
-from gradientspace.gradients.rows import SegmentRows
+from gradientspace.gradients.rows import ConsecutiveRows
 
 # Bytes of fp32 logits that exist at once. Measured on two CPU cores: 4 to 64 MB are equally fast.
 CHUNK_BYTES = 32 * 2**20
@@ -44,10 +44,7 @@ class Supervision:
         shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
         samples = torch.arange(b, device=labels.device)[:, None].expand(b, length)
         if lengths is not None:
-            real = (
-                torch.arange(length, device=labels.device)
-                < torch.tensor(lengths, device=labels.device)[:, None]
-            )
+            real = torch.arange(length, device=labels.device) < torch.tensor(lengths, device=labels.device)[:, None]
             shifted, samples = shifted[real], samples[real]
         rows = (shifted.flatten() != -100).nonzero().squeeze(1)
         samples = samples.flatten()[rows]
@@ -170,8 +167,7 @@ class Head:
             bias = getattr(self.lm_head, "bias", None)
             return SupervisedCrossEntropy.apply(hidden, self.lm_head.weight, bias, where, self.transform)
         whole = self.sink.rows
-        counts = tuple(where.counts.tolist())
-        self.sink.rows = SegmentRows(tuple(range(len(counts))), counts)  # an adapted lm_head reads it
+        self.sink.rows = ConsecutiveRows(tuple(where.counts.tolist()))  # an adapted lm_head reads it
         selected = hidden.reshape(-1, hidden.shape[-1])[where.rows]
         logits = self.transform.apply(self.lm_head(selected).float())
         self.sink.rows = whole

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gradientspace.errors import ModelError
-from gradientspace.gradients.rows import OneSampleRows, PaddedRows, TokenRows
+from gradientspace.gradients.rows import ConsecutiveRows, OneSampleRows, TokenRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class GradientSink:
 
     def __init__(self) -> None:
         self.out: Tensor = torch.empty(0)
-        self.rows: TokenRows = PaddedRows(0, 0)
+        self.rows: TokenRows = ConsecutiveRows(())
         self._written: set[int] = set()
 
     def open(self, out: Tensor, rows: TokenRows) -> None:

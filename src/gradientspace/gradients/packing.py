@@ -7,7 +7,7 @@ token by token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,17 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from gradientspace.gradients.rows import equal_length_runs
+
 ATTENTION = "gradientspace_segments"
 
 # Models whose attention is nothing but softmax(q k^T) v over one causal segment, each tested here.
 PACKABLE = ("llama", "qwen3", "mistral", "gpt_neox")
 
 
-def why_not_packable(causal_lm: Any) -> str:
-    """Empty when packing is exact for this model."""
+def why_not_packable(causal_lm: Any, one_by_one: Collection[str]) -> str:
+    """Empty when packing is exact for this model; `one_by_one` are modules that must see single samples."""
     kind = causal_lm.config.model_type
     if kind not in PACKABLE:
         return f"packing is shown to be exact for {', '.join(PACKABLE)} only, and this model is {kind}"
+    if one_by_one:
+        return "samples must pass one at a time where tokens are regrouped"
     return ""
 
 
@@ -44,21 +48,21 @@ def segment_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention inside each segment; query (1, heads, n, d), key and value (1, kv heads, n, d)."""
     outputs = []
+    runs = equal_length_runs(segment_lengths)
     gqa = key.shape[1] != query.shape[1]
     # split, not slices: its backward pass concatenates once instead of adding n-long zero-filled tensors
-    parts = (tensor.split(segment_lengths, dim=2) for tensor in (query, key, value))
-    for q, k, v in zip(*parts, strict=True):
-        n = q.shape[2]
+    parts = (tensor[0].split([c * n for c, n in runs], dim=1) for tensor in (query, key, value))
+    for (count, n), *own in zip(runs, *parts, strict=True):
+        q, k, v = (part.unflatten(1, (count, n)).transpose(0, 1) for part in own)  # (count, heads, n, d)
         mask = None
         if sliding_window is not None and n > sliding_window:
             distance = torch.arange(n, device=q.device)[:, None] - torch.arange(n, device=q.device)
             mask = (distance >= 0) & (distance < sliding_window)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
-            )
+        output = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[None], None
 
 
 AttentionInterface.register(ATTENTION, segment_attention)

@@ -6,7 +6,9 @@ sum over its tokens t of left_t right_t^T. These classes form it for all samples
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -28,58 +30,38 @@ class TokenRows(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class PaddedRows:
-    """b samples of T rows each, in order; rows of padding carry zero gradient."""
+class ConsecutiveRows:
+    """Sample i owns the next `lengths[i]` rows: (T,) * b for a padded batch, whose padding has no gradient."""
 
-    n_samples: int
-    length: int
-
-    def fits(self, n: int) -> bool:
-        return n == self.n_samples * self.length
-
-    def outer(self, left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
-        left = left.reshape(self.n_samples, self.length, -1)
-        right = right.reshape(self.n_samples, self.length, -1)
-        if left.shape[2] <= right.shape[2]:
-            product = torch.bmm(left.transpose(1, 2), right)
-        else:  # measured: the wide result is faster to form and then transpose than the tall one
-            product = torch.bmm(right.transpose(1, 2), left).transpose(1, 2)
-        out.add_(product) if add else out.copy_(product)
-
-    def sum(self, values: Tensor, out: Tensor, *, add: bool) -> None:
-        total = values.reshape(self.n_samples, self.length, -1).sum(dim=1)
-        out.add_(total) if add else out.copy_(total)
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentRows:
-    """Sample `samples[j]` owns the consecutive rows of the j-th of `lengths`; samples not named own none."""
-
-    samples: tuple[int, ...]
     lengths: tuple[int, ...]
 
     def fits(self, n: int) -> bool:
         return n == sum(self.lengths)
 
     def outer(self, left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
-        if not add:
-            self._clear_others(out)
-        for sample, own_left, own_right in self._segments(left, right):
-            product = own_left.t() @ own_right
-            out[sample].add_(product) if add else out[sample].copy_(product)
+        first = 0
+        for count, own_left, own_right in self._runs(left, right):
+            target = out[first : first + count]
+            if count == 1 and own_left.dtype == out.dtype:
+                target[0].addmm_(own_left[0].t(), own_right[0], beta=float(add))
+            else:
+                product = _batched_outer(own_left, own_right)
+                target.add_(product) if add else target.copy_(product)
+            first += count
 
     def sum(self, values: Tensor, out: Tensor, *, add: bool) -> None:
-        if not add:
-            self._clear_others(out)
-        for sample, own, _ in self._segments(values, values):
-            out[sample].add_(own.sum(dim=0)) if add else out[sample].copy_(own.sum(dim=0))
+        first = 0
+        for count, own, _ in self._runs(values, values):
+            target = out[first : first + count]
+            target.add_(own.sum(dim=1)) if add else target.copy_(own.sum(dim=1))
+            first += count
 
-    def _segments(self, left: Tensor, right: Tensor):
-        return zip(self.samples, left.split(self.lengths), right.split(self.lengths), strict=True)
-
-    def _clear_others(self, out: Tensor) -> None:
-        if len(self.samples) < len(out):
-            out.zero_()
+    def _runs(self, left: Tensor, right: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Neighbours of equal length together, as (count, length, features)."""
+        runs = equal_length_runs(self.lengths)
+        sizes = [count * length for count, length in runs]
+        for (count, length), own_left, own_right in zip(runs, left.split(sizes), right.split(sizes), strict=True):
+            yield count, own_left.reshape(count, length, -1), own_right.reshape(count, length, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +74,24 @@ class OneSampleRows:
         return True
 
     def outer(self, left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
-        SegmentRows((self.sample,), (len(left),)).outer(left, right, out, add=add)
+        if not add:
+            out.zero_()
+        out[self.sample].add_(left.t() @ right)
 
     def sum(self, values: Tensor, out: Tensor, *, add: bool) -> None:
-        SegmentRows((self.sample,), (len(values),)).sum(values, out, add=add)
+        if not add:
+            out.zero_()
+        out[self.sample].add_(values.sum(dim=0))
+
+
+def equal_length_runs(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(count, length) of each run of neighbours of equal length."""
+    return [(len(list(run)), length) for length, run in groupby(lengths)]
+
+
+def _batched_outer(left: Tensor, right: Tensor) -> Tensor:
+    """left (b, n, p), right (b, n, q) -> (b, p, q)."""
+    if left.shape[2] <= right.shape[2]:
+        return torch.bmm(left.transpose(1, 2), right)
+    # measured: the wide result is faster to form and then transpose than the tall one
+    return torch.bmm(right.transpose(1, 2), left).transpose(1, 2)

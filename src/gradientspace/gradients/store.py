@@ -37,9 +37,7 @@ class GradientStore:
         self._mapping = mapping
 
     @classmethod
-    def open(
-        cls, path: str | Path, engine: PerSampleGradients, samples: Sequence[TokenisedSample]
-    ) -> GradientStore:
+    def open(cls, path: str | Path, engine: PerSampleGradients, samples: Sequence[TokenisedSample]) -> GradientStore:
         """Open the store at `path`, or allocate it. Raises RunFolderError when it is of another run."""
         path = Path(path)
         belongs_to = fingerprint(engine, samples)
@@ -135,6 +133,4 @@ def _read_header(path: Path) -> tuple[dict, int]:
             (length,) = struct.unpack("<Q", file.read(8))
             return json.loads(file.read(length)), 8 + length
     except (OSError, struct.error, ValueError) as error:
-        raise RunFolderError(
-            f"{path}: not a gradient store ({error}); delete it or give another path"
-        ) from error
+        raise RunFolderError(f"{path}: not a gradient store ({error}); delete it or give another path") from error

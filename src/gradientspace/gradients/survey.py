@@ -42,9 +42,7 @@ class AdaptedLayer:
         return [*self.module.lora_A[adapter].parameters(), *self.module.lora_B[adapter].parameters()]
 
 
-def survey(
-    model: nn.Module, adapter: str, sink: GradientSink, path: str
-) -> tuple[list[AdaptedLayer], list[Block]]:
+def survey(model: nn.Module, adapter: str, sink: GradientSink, path: str) -> tuple[list[AdaptedLayer], list[Block]]:
     """Find every LoRA layer of `adapter` and fix the order of its parameters.
 
     The order is that of `model.named_parameters()`. Raises ModelError, naming the layer, for anything whose
@@ -144,9 +142,7 @@ def _why_not_fast(module: Any, adapter: str) -> str:
     return ""
 
 
-def regrouping_blocks(
-    model: nn.Module, layers: list[AdaptedLayer], run: Callable[[], Any]
-) -> dict[str, nn.Module]:
+def regrouping_blocks(model: nn.Module, layers: list[AdaptedLayer], run: Callable[[], Any]) -> dict[str, nn.Module]:
     """Modules inside which tokens lose track of their sample, from one forward pass of (2, 3) tokens.
 
     A layer that sees (2, 3, features) keeps its samples apart. One that sees anything else, or that was not
@@ -180,9 +176,7 @@ def regrouping_blocks(
         while parent and seen.get(parent, (False, False)) != (True, True):
             parent = parent.rpartition(".")[0]
         if not parent:
-            raise ModelError(
-                f"{layer.name}: its tokens cannot be traced to samples; leave it out of the adapter"
-            )
+            raise ModelError(f"{layer.name}: its tokens cannot be traced to samples; leave it out of the adapter")
         blocks[parent] = modules[parent]
     return blocks
 
