@@ -20,9 +20,7 @@ MODULES_THAT_ARE_SLOW = ("torch", "transformers", "peft", "sklearn", "numpy", "p
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Exit code 2 and exactly one line on stderr, which is returned."""
     assert main(list(arguments)) == 2
-    lines = [
-        line for line in capsys.readouterr().err.splitlines() if line.startswith("gradientspace: error:")
-    ]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("gradientspace: error:")]
     assert len(lines) == 1
     return lines[0]
 

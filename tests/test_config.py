@@ -87,9 +87,7 @@ def test_missing_file() -> None:
 
 def test_overrides_are_typed_and_strict() -> None:
     path = EXAMPLES / "real-mix.yaml"
-    config = load_config(
-        path, ["--clustering.n_clusters", "auto", "--training.learning-rate=1e-4", "--seed", "7"]
-    )
+    config = load_config(path, ["--clustering.n_clusters", "auto", "--training.learning-rate=1e-4", "--seed", "7"])
     assert (config.clustering.n_clusters, config.training.learning_rate, config.seed) == ("auto", 1e-4, 7)
     with pytest.raises(ConfigError, match="did you mean 'n_clusters'"):
         load_config(path, ["--clustering.n_cluster", "4"])

@@ -263,9 +263,7 @@ def test_turns_in_parts_and_after_the_last_answer(tmp_path):
 
 def test_unknown_shapes_and_fields_are_explained(tmp_path):
     path = str(write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3))
-    with pytest.raises(
-        DataError, match=r"row 1 has no output: none of output, .* columns prompt, chosen, rejected"
-    ):
+    with pytest.raises(DataError, match=r"row 1 has no output: none of output, .* columns prompt, chosen, rejected"):
         load(config_of(path), word_tokenizer(), 0)
     other = write_jsonl(tmp_path / "b.jsonl", [{"foo\n\u202e": "a"}])
     with pytest.raises(DataError, match=r"row 1 has no shape we know .* its columns are 'foo.n.u202e';"):

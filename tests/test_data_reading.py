@@ -166,9 +166,7 @@ def test_hub_failures_are_one_line(monkeypatch):
         raise ConnectionError("Couldn't reach the Hub\nand much more")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(
-        DataError, match=r"openai/gsm8k .*\(Couldn't reach the Hub\): check the path"
-    ) as error:
+    with pytest.raises(DataError, match=r"openai/gsm8k .*\(Couldn't reach the Hub\): check the path") as error:
         rows_of("openai/gsm8k")
     assert "\n" not in str(error.value)
     monkeypatch.setitem(sys.modules, "datasets", None)

@@ -20,9 +20,7 @@ PARTS = ("fit", "dev_a", "dev_b", "test")
 
 def random_prompts(n: int, seed: int = 0, words: int = 12) -> list[str]:
     rng = random.Random(seed)
-    return [
-        " ".join("".join(rng.choices(string.ascii_lowercase, k=5)) for _ in range(words)) for _ in range(n)
-    ]
+    return [" ".join("".join(rng.choices(string.ascii_lowercase, k=5)) for _ in range(words)) for _ in range(n)]
 
 
 def split_of(ids, prompts, strata=None, *, seed=0, hold_out_test=True, **options) -> Split:
@@ -54,8 +52,7 @@ def test_test_is_empty_where_test_rows_come_from_elsewhere():
 def test_the_order_of_the_rows_changes_nothing(order, seed):
     ids = [f"id{i}" for i in range(60)]
     prompts = [
-        prompt if i % 5 else "the same prompt for a few of the rows"
-        for i, prompt in enumerate(random_prompts(60))
+        prompt if i % 5 else "the same prompt for a few of the rows" for i, prompt in enumerate(random_prompts(60))
     ]
     strata = ["a" if i % 3 else "b" for i in range(60)]
     straight = split_of(ids, prompts, strata, seed=seed, n_validation=10)
@@ -106,9 +103,7 @@ def test_warmup_takes_the_same_share_of_every_named_source():
 
 def test_too_few_rows_are_refused():
     for n in (0, 1, 4):
-        with pytest.raises(
-            DataError, match=r"usable rows in .* groups .* leave .* without a row: give more rows"
-        ):
+        with pytest.raises(DataError, match=r"usable rows in .* groups .* leave .* without a row: give more rows"):
             split_of([f"id{i}" for i in range(n)], random_prompts(n))
     split = split_of([f"id{i}" for i in range(5)], random_prompts(5))
     assert [len(getattr(split, part)) for part in (*PARTS, "warmup", "validation")] == [2, 1, 1, 1, 1, 1]

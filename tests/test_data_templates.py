@@ -208,9 +208,7 @@ def test_real_tokenizer_gives_the_ids_written_by_hand():
         pytest.skip("needs the model tiny-base beside the project")
     from transformers import AutoTokenizer
 
-    ids, labels = encode(
-        Template(AutoTokenizer.from_pretrained(folder)), {"prompt": "Add 2 3", "completion": "5"}
-    )
+    ids, labels = encode(Template(AutoTokenizer.from_pretrained(folder)), {"prompt": "Add 2 3", "completion": "5"})
     written = "378 5 780 311 3836 28 201 35 1564 223 20 223 21 201 201 378 5 3776 82 2769 28 201"
     prompt = [int(token) for token in written.split()]
     assert ids == [*prompt, 23, 2]
@@ -223,9 +221,7 @@ def test_begin_token_stands_once_where_the_tokenizer_puts_one():
     tokenizer = byte_tokenizer()
     ids, _ = encode(Template(tokenizer), {"prompt": "a", "completion": "b"})
     assert tokenizer.bos_token_id not in ids
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     for row in ({"prompt": "a", "completion": "b"}, {"messages": TWO_TURNS}, {"text": "a"}):
         ids, labels = encode(Template(tokenizer), row)
         assert ids[0] == 1
@@ -337,9 +333,7 @@ def test_supervised_tokens_decode_to_exactly_the_assistant_turns(exchanges, syst
 
 
 def test_prompt_is_a_prefix_at_every_turn_even_where_a_token_would_straddle():
-    tokenizer = byte_tokenizer(
-        UNCLOSED.replace("assistant: {% endif", "assistant:{% endif").replace(": {{", ":{{")
-    )
+    tokenizer = byte_tokenizer(UNCLOSED.replace("assistant: {% endif", "assistant:{% endif").replace(": {{", ":{{"))
     template = Template(tokenizer)
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\n\n\n\nb"}]
     ids, labels = encode(template, {"messages": messages})

@@ -77,9 +77,7 @@ def test_peft_loads_every_expert_and_agrees_with_the_routed_model(finished_run: 
     ids = torch.tensor([[1, 40, 41, 42, 43]])
     logits = []
     for k, folder in enumerate(expert_folders(finished_run.path / "experts")):
-        plain = PeftModel.from_pretrained(
-            AutoModelForCausalLM.from_pretrained(base_folder), str(folder)
-        ).eval()
+        plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), str(folder)).eval()
         with torch.inference_mode(), routed.experts.active(k) as model:
             expected = plain(input_ids=ids).logits
             logits.append(model(input_ids=ids).logits)
@@ -144,10 +142,10 @@ def test_a_killed_run_ends_with_the_same_bytes(finished_run: Run, tmp_path: Path
     """SIGKILL as soon as a stage starts, then start again; the uninterrupted run is the reference."""
     values = finished_run.config.to_dict() | {"output_dir": str(tmp_path), "name": "micro"}
     (tmp_path / "micro.yaml").write_text(yaml.safe_dump(values))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gradientspace", "run", str(tmp_path / "micro.yaml")],
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    # The same number of threads as this process: sums in another order are other bits.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-m", "gradientspace", "run", str(tmp_path / "micro.yaml")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith(f"{stage} ..."):
@@ -190,8 +188,6 @@ def test_other_methods_of_grouping_run_through_the_same_pipeline(
     values = micro_values(micro_model, micro_mix, tmp_path)
     values["clustering"] = {"method": "embedding", "n_clusters": 2, "target": "plain"}
     values["evaluation"] = {"baselines": []}
-    results = json.loads(
-        (run(GradientSpaceConfig.from_dict(values)).path / "evaluation/results.json").read_text()
-    )
+    results = json.loads((run(GradientSpaceConfig.from_dict(values)).path / "evaluation/results.json").read_text())
     assert results["clustering"]["n_clusters"] == 2
     assert results["router"]["accuracy"] == 1.0  # its held-out groups are where its own router sends them

@@ -41,9 +41,7 @@ def test_reading_twice_changes_nothing(head, repeats, tail):
     assert routing_text(once) == once
 
 
-@pytest.mark.parametrize(
-    "prompt", [None, 3, [{"content": "no role"}], ["text"], [{"role": "user", "content": [3]}]]
-)
+@pytest.mark.parametrize("prompt", [None, 3, [{"content": "no role"}], ["text"], [{"role": "user", "content": [3]}]])
 def test_anything_else_is_refused_in_one_line(prompt):
     with pytest.raises(DataError) as error:
         routing_text(prompt)

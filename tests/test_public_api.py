@@ -17,7 +17,9 @@ def test_every_public_name_is_there_and_documented() -> None:
 
 
 def test_run_is_the_function_whatever_was_imported_first() -> None:
-    code = "import gradientspace.pipeline, gradientspace.run_folder; from gradientspace import run; print(callable(run))"
+    code = (
+        "import gradientspace.pipeline, gradientspace.run_folder; from gradientspace import run; print(callable(run))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
 

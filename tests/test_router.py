@@ -115,9 +115,7 @@ def test_one_cluster_is_constant_and_needs_no_encoder(tmp_path):
 
 def test_rows_without_a_cluster_are_left_out():
     prompts, clusters = planted(60)
-    with_bad = Router(Words()).fit(
-        [*prompts, "no gradient"], [*clusters, -1], ["also none", prompts[0]], [-1, 0]
-    )
+    with_bad = Router(Words()).fit([*prompts, "no gradient"], [*clusters, -1], ["also none", prompts[0]], [-1, 0])
     without = Router(Words()).fit(prompts, clusters, [prompts[0]], [0])
     np.testing.assert_array_equal(with_bad.predict_proba(prompts), without.predict_proba(prompts))
     assert with_bad.n_calibration_ == 1
@@ -125,9 +123,7 @@ def test_rows_without_a_cluster_are_left_out():
 
 def test_conversations_are_read_by_their_user_turns(fitted):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 12 * 34?"}]
-    np.testing.assert_array_equal(
-        fitted.predict_proba([messages]), fitted.predict_proba(["What is 12 * 34?"])
-    )
+    np.testing.assert_array_equal(fitted.predict_proba([messages]), fitted.predict_proba(["What is 12 * 34?"]))
 
 
 def test_a_ridge_head_routes_to_the_nearest_centroid(tmp_path):
@@ -135,9 +131,7 @@ def test_a_ridge_head_routes_to_the_nearest_centroid(tmp_path):
     encoder, centres = Words(), np.linalg.qr(np.random.default_rng(0).standard_normal((8, 8)))[0][:3]
     inputs = np.hstack([encoder.encode(prompts), np.ones((len(prompts), 1))])
     coefficients = np.linalg.lstsq(inputs, centres[clusters], rcond=None)[0]
-    router = Router(encoder, head=RidgeHead(coefficients, centres)).fit(
-        prompts, clusters, *planted(60, seed=1)
-    )
+    router = Router(encoder, head=RidgeHead(coefficients, centres)).fit(prompts, clusters, *planted(60, seed=1))
     assert (router.predict(prompts) == clusters).mean() > 0.95
     router.save(tmp_path)
     loaded = Router.load(tmp_path, encoder=encoder)

@@ -36,9 +36,7 @@ def test_a_finished_stage_is_not_made_again(tmp_path: Path) -> None:
     assert json.loads((run.path / "stages.json").read_text())["a"]["peak_memory_bytes"] > 0
 
 
-def test_a_stage_is_made_again_when_its_inputs_changed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_stage_is_made_again_when_its_inputs_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = Run.create(config_in(tmp_path))
     run.stage("a", writer("1"))
     run.stage("b", writer("from 1"), inputs=("a",))

@@ -229,6 +229,11 @@ class GradientSpaceConfig:
         """Build a config from nested dicts as YAML gives them. Raises `ConfigError` for the first fault found."""
         return _build(cls, values, "")
 
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> GradientSpaceConfig:
+        """Read a config file, see `load_config`."""
+        return load_config(path)
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
