@@ -100,6 +100,23 @@ def loop(model: Any) -> Iterator[Run]:
 
 
 @contextlib.contextmanager
+def loop_stock_loss(model: Any) -> Iterator[Run]:
+    """One sample at a time with the model's own loss, as it is usually written."""
+
+    def run(batch: dict[str, Tensor]) -> list[Tensor]:
+        rows = []
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        for ids, labels, n in zip(batch["input_ids"], batch["labels"], lengths, strict=True):
+            output = model(input_ids=ids[None, :n], labels=labels[None, :n], use_cache=False)
+            gradients = torch.autograd.grad(output.loss, parameters)
+            rows.append(torch.cat([g.flatten() for g in gradients]))
+        return [torch.stack(rows)]
+
+    with only_lora_trains(model) as parameters:
+        yield run
+
+
+@contextlib.contextmanager
 def vmap(model: Any) -> Iterator[Run]:
     """torch.func: vmap over grad of a functional call."""
 
@@ -198,6 +215,7 @@ ARMS: dict[str, Callable[[Any], contextlib.AbstractContextManager[Run]]] = {
     "floor": floor,
     "floor, stock loss": floor_stock_loss,
     "loop of batch size one": loop,
+    "loop of batch size one, stock loss": loop_stock_loss,
     "torch.func vmap": vmap,
     "opacus": opacus,
     "bergson": bergson,

@@ -170,7 +170,8 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
                 for own, right in zip(parts, exact, strict=True)
             )
             result[name]["largest_relative_error"] = error
-        result[name]["peak_memory_mb"] = peak_memory(name, options)
+        if not options.quick or name in ("engine", "floor"):  # a process each
+            result[name]["peak_memory_mb"] = peak_memory(name, options)
     dim, largest = exact[0].shape[1], max(len(batch["labels"]) for batch in batches)
     return {
         "model": {**size, "vocab_size": VOCABULARY, "rank": 8, "dim": dim, "attention": "sdpa"},

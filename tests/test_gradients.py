@@ -10,6 +10,8 @@ import pytest
 import safetensors
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -139,6 +141,21 @@ def test_stream_covers_every_sample_once_in_shuffled_batches_and_repeats():
     longest = [max(len(samples[i].input_ids) for i in b.indices) for b in batches]
     assert longest != sorted(longest)
     assert all(len(b.indices) * n <= 128 for b, n in zip(batches, longest, strict=True))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=80),
+    max_tokens=st.integers(1, 200),
+    max_samples=st.integers(1, 9),
+    seed=st.integers(0, 5),
+)
+@settings(max_examples=100, deadline=None)
+def test_any_plan_covers_every_sample_once_within_its_limits(lengths, max_tokens, max_samples, seed):
+    plan = plan_batches(lengths, max_tokens=max_tokens, max_samples=max_samples, seed=seed)
+    assert sorted(index for batch in plan for index in batch) == list(range(len(lengths)))
+    assert all(len(batch) <= max_samples for batch in plan)
+    longest = [max(lengths[i] for i in batch) for batch in plan]
+    assert all(len(batch) == 1 or len(batch) * n <= max_tokens for batch, n in zip(plan, longest, strict=True))
 
 
 def test_plan_gives_long_samples_a_batch_of_their_own():

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig
+from peft.tuners.lora.layer import Linear as LoraLinear
 from test_gradients import adapt, make_samples, padded, reference, relative_error
 from torch import nn
 
@@ -285,3 +286,24 @@ def test_a_batch_is_packed_by_itself_where_padding_would_cost_more(monkeypatch):
         assert set(rows_seen) == {3}
     model.get_base_model().config._attn_implementation = "eager"
     assert "never; it would replace the attention that was chosen, eager" in PerSampleGradients(model).explain()
+
+
+class OwnForward(LoraLinear):
+    """A LoRA layer with a forward of its own, as PEFT writes them over quantised bases."""
+
+    def forward(self, x, *args, **kwargs):
+        result = self.base_layer(x, *args, **kwargs).clone()
+        for adapter in self.active_adapters:
+            dropout, scaling = self.lora_dropout[adapter], self.scaling[adapter]
+            result += self.lora_B[adapter](self.lora_A[adapter](dropout(x))) * scaling
+        return result
+
+
+def test_a_layer_class_that_is_not_known_takes_the_general_path():
+    model = tiny("llama")
+    for module in model.modules():
+        if type(module) is LoraLinear:
+            module.__class__ = OwnForward
+    engine = assert_exact(model, make_samples(8))
+    assert engine.path == "general"
+    assert "OwnForward has a forward of its own" in engine.explain()
