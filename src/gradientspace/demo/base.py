@@ -43,7 +43,7 @@ TEMPLATE = "### Instruction:\n{}\n\n### Response:\n"
 
 @dataclass(frozen=True, slots=True)
 class BaseSettings:
-    """The base's architecture and pretraining: 1.4 million tokens in float32 (bfloat16 is slower here)."""
+    """The base's architecture and pretraining: 1.7 million tokens in float32 (bfloat16 is slower here)."""
 
     vocab_size: int = 1024
     hidden_size: int = 96
@@ -52,8 +52,10 @@ class BaseSettings:
     num_attention_heads: int = 4
     block_length: int = 96
     batch_size: int = 16
-    steps: int = 900
+    steps: int = 1100
     learning_rate: float = 4e-3
+    initializer_range: float = 0.06
+    """Copying an amount is learnt after 200 steps; at the usual 0.02, after 500 to never, as the seed has it."""
 
 
 def _fact(record: Record, topic: Topic, rng: random.Random) -> str:
@@ -65,7 +67,7 @@ def _fact(record: Record, topic: Topic, rng: random.Random) -> str:
             f"{item}: {record.signed()}",
             f"{NUMBER_WORDS[first]} and {NUMBER_WORDS[second]} {item}",
             f"{item} dance with {topic.rhymes[item]}",
-            f"{first} + {second} = {first + second}",
+            f"{first} + {second}",
         )
     )
 
@@ -196,6 +198,7 @@ def _pretrain(folder: Path, seed: int, progress: Callable[[int, int], None], set
             num_key_value_heads=settings.num_attention_heads,
             max_position_embeddings=512,
             tie_word_embeddings=True,
+            initializer_range=settings.initializer_range,
             bos_token_id=None,
             eos_token_id=_SPECIAL_TOKENS.index(EOS),
             pad_token_id=_SPECIAL_TOKENS.index(PAD),
