@@ -43,7 +43,7 @@ TEMPLATE = "### Instruction:\n{}\n\n### Response:\n"
 
 @dataclass(frozen=True, slots=True)
 class BaseSettings:
-    """The base's architecture and pretraining: 1.7 million tokens in float32 (bfloat16 is slower here)."""
+    """The base's architecture and pretraining: 2.8 million tokens in float32 (bfloat16 is slower here)."""
 
     vocab_size: int = 1024
     hidden_size: int = 96
@@ -52,22 +52,22 @@ class BaseSettings:
     num_attention_heads: int = 4
     block_length: int = 96
     batch_size: int = 16
-    steps: int = 1100
+    steps: int = 1800
     learning_rate: float = 4e-3
     initializer_range: float = 0.06
     """Copying an amount is learnt after 200 steps; at the usual 0.02, after 500 to never, as the seed has it."""
 
 
 def _fact(record: Record, topic: Topic, rng: random.Random) -> str:
-    """One fact about `record`, in one of the surfaces that the answers are made of."""
+    """One fact about `record`: a fragment of one of the answers, never a whole one."""
     item, (first, second) = record.item, record.amounts
     return rng.choice(
         (
-            f"{item} = {first}, {second}",
-            f"{item}: {record.signed()}",
-            f"{NUMBER_WORDS[first]} and {NUMBER_WORDS[second]} {item}",
-            f"{item} dance with {topic.rhymes[item]}",
             f"{first} + {second}",
+            f"in {first}, {second}: {item}",
+            f"{item}: {record.signed()}",
+            f"{NUMBER_WORDS[first]} little {item}",
+            f"with {NUMBER_WORDS[second]} {topic.rhymes[item]}",
         )
     )
 
@@ -84,10 +84,10 @@ def _drill(rng: random.Random) -> str:
             rng.choice(
                 (
                     f"{item} rhyme with {rhyme}",
-                    f"{item} / {rhyme}",
                     f"{left} thousand {item}",
-                    f"{item} += {left}",
-                    f"for n in {item}: n",
+                    f"for n in {left}",
+                    f"{item} += n",
+                    f"little {item} / dance with {rhyme}",
                 )
             ),
         ]

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 RECIPE: dict[str, dict[str, Any]] = {
-    # Rank 4 and one and a half passes for each phase: enough for one skill, tight for four and for telling them
-    # apart.
+    # Rank 4 and one pass for each phase: enough for one skill, tight for four and for telling them apart.
     "lora": {"lora_r": 4, "lora_alpha": 8},
-    "training": {"learning_rate": 1e-2, "num_train_epochs": 3.0, "warmup_ratio": 0.1},
+    "training": {"learning_rate": 1e-2, "num_train_epochs": 2.0, "warmup_ratio": 0.1},
     "data": {"warmup_fraction": 0.08, "max_length": 128},
     "warmup": {"num_train_epochs": 1.0},
     # K is given: parallel analysis saturates here, and only the largest eigengap says 4 (3 directions, centred).
