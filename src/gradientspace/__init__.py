@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from gradientspace.clustering import OnlineSVDClusterer
     from gradientspace.config import GradientSpaceConfig
     from gradientspace.gradients import PerSampleGradients
-    from gradientspace.inference import RoutedModel, RouteDecision
+    from gradientspace.inference import RouteDecision, RoutedModel
     from gradientspace.pipeline import run
     from gradientspace.router import Router
     from gradientspace.run_folder import Run
