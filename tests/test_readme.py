@@ -1,0 +1,75 @@
+"""What the README shows is what happens: its numbers, its commands, its Python."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from gradientspace.cli import _parser
+from gradientspace.run_folder import Run
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_result_is_the_committed_one() -> None:
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks/readme.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    block = module.result_block(json.loads(module.RESULTS.read_text()))
+    assert module.with_block(README, block) == README, "run python benchmarks/readme.py"
+
+
+def test_every_make_target_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = set(re.findall(r"^    make ([a-z-]+)", README, flags=re.MULTILINE))
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_every_command_parses() -> None:
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("gradientspace")]
+    assert len(lines) >= 4
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        assert _parser().parse_args(words).command == words[0]
+        for word in words:
+            assert not word.endswith(".yaml") or (ROOT / word).is_file(), word
+
+
+def run_the_python(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(folder)
+    (code,) = blocks("python")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, "README.md", "exec"), {})
+    return printed.getvalue()
+
+
+@pytest.mark.e2e
+def test_the_python_runs(finished_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the micro run in the demo's place: every line runs, and what is printed has the shape that is shown."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/demo").symlink_to(finished_run.path)
+    printed = run_the_python(tmp_path, monkeypatch)
+    (shown,) = blocks("text")
+    shape = re.compile(r"expert \d, probability [\d.]+: .*")
+    for text in (printed, shown):
+        assert len(text.splitlines()) == 2
+        assert all(shape.fullmatch(line) for line in text.splitlines())
+
+
+@pytest.mark.skipif(not (ROOT / "runs/demo/report.html").exists(), reason="no finished demo: make demo")
+def test_the_python_prints_what_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_the_python(ROOT, monkeypatch) == blocks("text")[0]
