@@ -1,7 +1,7 @@
 """Write the README's result from the committed `results/demo.json`, so that no number is typed by hand.
 
-    gradientspace demo && python benchmarks/readme.py runs/demo      take over a finished demo
-    python benchmarks/readme.py                                      write the README again from what is committed
+gradientspace demo && python benchmarks/readme.py runs/demo      take over a finished demo
+python benchmarks/readme.py                                      write the README again from what is committed
 """
 
 from __future__ import annotations

@@ -53,9 +53,7 @@ def make_baseline_groups(job: Job, name: str, n_clusters: int, like: np.ndarray 
         )
     if name == "embedding":
         labels = embedding_groups(job.data, n_clusters, job.encoder, job.config.seed)
-        router = Router(job.encoder, random_state=job.config.seed).fit(
-            [s.prompt for s in job.data.fit], labels
-        )
+        router = Router(job.encoder, random_state=job.config.seed).fit([s.prompt for s in job.data.fit], labels)
         return Groups(labels, router.predict([s.prompt for s in everyone]), int(labels.max()) + 1)
     if name == "source":
         return source_groups(job)
@@ -68,9 +66,7 @@ def source_groups(job: Job) -> Groups:
     number = {name: k for k, name in enumerate(names)}
     unknown = sorted({s.source or "" for s in held_out(job.data)} - set(names))
     if unknown:
-        raise ConfigError(
-            f"baseline 'source' needs the sources of the test rows in training: {unknown[0]!r} is not"
-        )
+        raise ConfigError(f"baseline 'source' needs the sources of the test rows in training: {unknown[0]!r} is not")
     return Groups(
         fit=np.array([number[s.source or ""] for s in job.data.fit]),
         held_out=np.array([number[s.source or ""] for s in held_out(job.data)]),

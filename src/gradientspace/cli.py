@@ -52,9 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             traceback.print_exc()
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        print(
-            f"gradientspace: internal error: {text} (run again with --debug and report it)", file=sys.stderr
-        )
+        print(f"gradientspace: internal error: {text} (run again with --debug and report it)", file=sys.stderr)
         return 1
 
 
@@ -96,9 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 
     compare = commands.add_parser("compare", help="several runs or configs, every method, on one table")
     compare.add_argument("runs", nargs="+", metavar="RUN_OR_CONFIG")
-    compare.add_argument(
-        "--against", default="single", help="method of the first run that differences are from"
-    )
+    compare.add_argument("--against", default="single", help="method of the first run that differences are from")
     compare.add_argument("--json", type=Path, help="also write the table as JSON")
     compare.set_defaults(handler=_compare)
 
@@ -129,14 +125,10 @@ def _print_run_help() -> None:
     """Every option with its help; tyro renders the config's own docstrings."""
     import tyro
 
-    print(
-        "usage: gradientspace run CONFIG.yaml [--section.option value ...]\n\nCONFIG.yaml holds the options below."
-    )
+    print("usage: gradientspace run CONFIG.yaml [--section.option value ...]\n\nCONFIG.yaml holds the options below.")
     with_sources = dataclasses.replace(GradientSpaceConfig())
     try:
-        tyro.cli(
-            GradientSpaceConfig, default=with_sources, args=["--help"], config=(tyro.conf.FlagConversionOff,)
-        )
+        tyro.cli(GradientSpaceConfig, default=with_sources, args=["--help"], config=(tyro.conf.FlagConversionOff,))
     except SystemExit:
         return
 

@@ -52,15 +52,11 @@ class EncoderSource:
 def resolve_encoder(name_or_path: str) -> EncoderSource:
     """Find an encoder without touching the network. Raises `ModelError` where it cannot be had."""
     if not name_or_path.strip():
-        raise ModelError(
-            f"the encoder's name is empty: give a model folder or a hub id, say {DEFAULT_ENCODER}"
-        )
+        raise ModelError(f"the encoder's name is empty: give a model folder or a hub id, say {DEFAULT_ENCODER}")
     if Path(name_or_path).expanduser().is_dir():
         folder = Path(name_or_path).expanduser()
         if not _has_weights(folder):
-            raise ModelError(
-                f"encoder folder {name_or_path} has no .safetensors file: give a complete model folder"
-            )
+            raise ModelError(f"encoder folder {name_or_path} has no .safetensors file: give a complete model folder")
         return EncoderSource("folder", folder, name_or_path)
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
         raise ModelError(f"encoder folder {name_or_path} does not exist: give a model folder or a hub id")
@@ -74,9 +70,7 @@ def resolve_encoder(name_or_path: str) -> EncoderSource:
         package = importlib.import_module(_PACKAGE)
         return EncoderSource("package", Path(package.get_model_path()), _PACKAGE.replace("_", "-"))
     if _offline():
-        raise ModelError(
-            f"encoder {hub_id} is not in the hub cache and HF_HUB_OFFLINE is set: {_fix(hub_id)}"
-        )
+        raise ModelError(f"encoder {hub_id} is not in the hub cache and HF_HUB_OFFLINE is set: {_fix(hub_id)}")
     return EncoderSource("hub", None, hub_id)
 
 
@@ -159,9 +153,7 @@ class Encoder:
             embeddings = model(features)["sentence_embedding"].float()  # (b, e)
             embeddings = torch.nn.functional.normalize(embeddings, dim=1)
         if not bool(torch.isfinite(embeddings).all()):
-            raise ModelError(
-                f"encoder {self.name_or_path} gives non-finite embeddings: its weights are damaged"
-            )
+            raise ModelError(f"encoder {self.name_or_path} gives non-finite embeddings: its weights are damaged")
         return embeddings.cpu().numpy()
 
     def _model(self) -> SentenceTransformer:
@@ -201,13 +193,9 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(
-            snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"])
-        )
+        folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"]))
     except Exception as error:  # network, authorisation, unknown id, full disk
-        raise ModelError(
-            f"encoder {hub_id} cannot be downloaded ({_first_line(error)}): {_fix(hub_id)}"
-        ) from error
+        raise ModelError(f"encoder {hub_id} cannot be downloaded ({_first_line(error)}): {_fix(hub_id)}") from error
     if not _has_weights(folder):
         raise ModelError(f"encoder {hub_id} has no .safetensors weights: choose one that has")
     return folder
@@ -220,9 +208,7 @@ def _cached_snapshot(hub_id: str) -> Path | None:
     try:
         folder = Path(snapshot_download(hub_id, local_files_only=True))
     except HFValidationError as error:
-        raise ModelError(
-            f"encoder {hub_id!r} is neither a folder nor a hub id: {_first_line(error)}"
-        ) from error
+        raise ModelError(f"encoder {hub_id!r} is neither a folder nor a hub id: {_first_line(error)}") from error
     except LocalEntryNotFoundError:
         return None
     # Another program may have cached the tokenizer alone.

@@ -36,9 +36,7 @@ def spherical_kmeans(
     unit = (rows / norms[:, None])[valid]
     weight = torch.ones_like(norms[valid]) if normalise else norms[valid]
     if n_clusters < 1 or n_clusters > len(unit):
-        raise RowsError(
-            f"n_clusters is {n_clusters}, but there are {len(unit)} rows with a direction: use 1 to that"
-        )
+        raise RowsError(f"n_clusters is {n_clusters}, but there are {len(unit)} rows with a direction: use 1 to that")
     seed = int(check_random_state(random_state).randint(2**31 - 1))
     generator = torch.Generator().manual_seed(seed)
     best = _best_start(unit, weight, n_clusters, n_init, generator)
@@ -128,9 +126,7 @@ def _fill_empty(labels: Tensor, nearest: Tensor, n_clusters: int) -> Tensor:
     return labels
 
 
-def merge_small_clusters(
-    labels: np.ndarray, centres: Rows, min_size: int
-) -> tuple[np.ndarray, Rows, np.ndarray]:
+def merge_small_clusters(labels: np.ndarray, centres: Rows, min_size: int) -> tuple[np.ndarray, Rows, np.ndarray]:
     """Merge clusters of fewer than `min_size` rows into their nearest neighbour, the smallest first.
 
     Returns new labels (N,) without gaps, centres (K', D) of unit length (size-weighted where merged), and the

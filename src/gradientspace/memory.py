@@ -69,9 +69,7 @@ def plan_memory(
             "centroids": n_clusters * dim * number,
         }
         if update == "svd":
-            caches = {
-                "caches (K x n x D)": n_clusters * size * dim * torch.finfo(getattr(torch, kind)).bits // 8
-            }
+            caches = {"caches (K x n x D)": n_clusters * size * dim * torch.finfo(getattr(torch, kind)).bits // 8}
         else:
             caches = {"sums (K x D)": n_clusters * dim * number}
         initialise = {"validation gradients (M x D)": n_validation * dim * number}

@@ -44,9 +44,7 @@ def warm_up(job: Job) -> None:
 
 def cluster(job: Job) -> None:
     """Stage II: gradients stream into the clusterer."""
-    job.run.stage(
-        "clustering", lambda folder: make_groups(job, folder).write(folder, job.data), inputs=("warmup",)
-    )
+    job.run.stage("clustering", lambda folder: make_groups(job, folder).write(folder, job.data), inputs=("warmup",))
 
 
 def make_groups(job: Job, folder: Path) -> Groups:
@@ -96,9 +94,7 @@ def evaluate(job: Job) -> None:
     for name in job.config.evaluation.baselines:
         train_baseline(job, name)
     experts = [f"experts/{k}" for k in range(Groups.read(job.run.path / "clustering").n_clusters)]
-    job.run.stage(
-        "evaluation", lambda folder: comparison.evaluate(job, folder), inputs=("router", "single", *experts)
-    )
+    job.run.stage("evaluation", lambda folder: comparison.evaluate(job, folder), inputs=("router", "single", *experts))
 
 
 def report(job: Job) -> None:

@@ -76,9 +76,7 @@ def estimate_rank(
         evidence["n_clusters"] = _clusters(evidence["directions"], svd.centred, k_max)
     answer, reason = parallel["n_clusters"], _reason(parallel["directions"], limit, k_max)
     replicates = _replicates(svd.gram.cpu().numpy(), null, generator)
-    agreeing = sum(
-        _same_rank(*pair, parallel["directions"], parallel["margin"], limit) for pair in replicates
-    )
+    agreeing = sum(_same_rank(*pair, parallel["directions"], parallel["margin"], limit) for pair in replicates)
     if answer is None and eigengap["ratio"] >= DECISIVE_RATIO:
         same = sum(_gap_position(part, limit) == eigengap["position"] for part, _ in replicates)
         if same >= DECISIVE_AGREEMENT * N_REPLICATES:

@@ -112,7 +112,5 @@ def _totals(accounting: dict[str, Any]) -> dict[str, Any]:
 
 def _costs(run: Run) -> str:
     costs = json.loads((run.path / "stages.json").read_text())
-    rows = [
-        (name, f"{c['seconds']:.1f}", f"{c['peak_memory_bytes'] / 2**20:.0f}") for name, c in costs.items()
-    ]
+    rows = [(name, f"{c['seconds']:.1f}", f"{c['peak_memory_bytes'] / 2**20:.0f}") for name, c in costs.items()]
     return _table(("stage", "seconds", "peak MB"), rows)

@@ -104,15 +104,12 @@ class RoutableMap:
         """
         x, z = _tensor(embeddings), _tensor(coordinates)
         if x.ndim != 2 or z.ndim != 2 or len(x) != len(z):
-            raise RowsError(
-                f"embeddings {tuple(x.shape)} and coordinates {tuple(z.shape)} need the same rows"
-            )
+            raise RowsError(f"embeddings {tuple(x.shape)} and coordinates {tuple(z.shape)} need the same rows")
         usable = torch.isfinite(x).all(1) & torch.isfinite(z).all(1) & (z != 0).any(1)
         n_usable = int(usable.sum())
         if n_usable < max(self.n_clusters, self.n_folds):
             raise RowsError(
-                f"{n_usable} usable rows for {self.n_clusters} clusters and {self.n_folds} folds: "
-                "lower n_clusters"
+                f"{n_usable} usable rows for {self.n_clusters} clusters and {self.n_folds} folds: lower n_clusters"
             )
         random = check_random_state(self.random_state)
         folds = _fold_numbers(len(x), self.n_folds, random, None if groups is None else _tensor(groups))
@@ -127,9 +124,7 @@ class RoutableMap:
                 predictions[rows] = _with_intercept(x[rows]) @ coefficients
         seed = int(random.randint(2**31 - 1))
         # Long predictions, where the prompt says much, pull harder on the centres (normalise=False).
-        found, centres, _ = spherical_kmeans(
-            predictions[index], self.n_clusters, self.n_init, seed, normalise=False
-        )
+        found, centres, _ = spherical_kmeans(predictions[index], self.n_clusters, self.n_init, seed, normalise=False)
         merged, centres, _ = merge_small_clusters(np.asarray(found), centres, self.min_cluster_size)
         labels = torch.full((len(x),), -1, dtype=torch.int64)
         labels[index] = torch.as_tensor(merged)
@@ -150,9 +145,7 @@ class RoutableMap:
         """Route embeddings (b, e) to clusters. A non-finite row gets label -1 and zeros."""
         x = _tensor(embeddings)
         if x.ndim != 2 or x.shape[1] != len(self.coefficients_) - 1:
-            raise RowsError(
-                f"embeddings are {tuple(x.shape)}, fitted with (N, {len(self.coefficients_) - 1})"
-            )
+            raise RowsError(f"embeddings are {tuple(x.shape)}, fitted with (N, {len(self.coefficients_) - 1})")
         z = _with_intercept(x) @ self.coefficients_
         z, norms, valid = with_norms(z)
         cosine = (z / norms[:, None]) @ self.centres_.T
@@ -294,9 +287,7 @@ class RoutedAlignment:
         if rows.ndim != 2 or len(labels) != len(rows):
             raise RowsError(f"{len(labels)} labels for rows of shape {tuple(rows.shape)}")
         if len(labels) and int(labels.max()) >= self.n_clusters:
-            raise RowsError(
-                f"label {int(labels.max())} with n_clusters = {self.n_clusters}: labels run from 0"
-            )
+            raise RowsError(f"label {int(labels.max())} with n_clusters = {self.n_clusters}: labels run from 0")
         if not self.normalise:
             valid = torch.isfinite(rows).all(dim=1)
             return (

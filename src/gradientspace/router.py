@@ -124,9 +124,7 @@ class Router:
         random_state: int = 0,
     ) -> None:
         if isinstance(head, str) and head != "logistic":
-            raise ModelError(
-                f"router head {head!r} is unknown: use 'logistic' or an object with predict_scores"
-            )
+            raise ModelError(f"router head {head!r} is unknown: use 'logistic' or an object with predict_scores")
         self.encoder = Encoder(encoder) if isinstance(encoder, str) else encoder
         self.head = head
         self.threshold = threshold
@@ -162,15 +160,11 @@ class Router:
             self.head_ = self.head
         scores = self._scores(held_out, progress)
         if scores.shape[1] != self.n_clusters:
-            raise DataError(
-                f"the router's head scores {scores.shape[1]} clusters, the data has {self.n_clusters}"
-            )
+            raise DataError(f"the router's head scores {scores.shape[1]} clusters, the data has {self.n_clusters}")
         self.temperature_ = fit_temperature(scores, held_out_labels)
         return self
 
-    def predict_proba(
-        self, prompts: Sequence[Prompt], progress: Callable[[int], object] | None = None
-    ) -> np.ndarray:
+    def predict_proba(self, prompts: Sequence[Prompt], progress: Callable[[int], object] | None = None) -> np.ndarray:
         """Calibrated probabilities of the clusters, (n, K) float64; rows sum to one."""
         return calibrated_probabilities(self._scores(_texts(prompts), progress), self.temperature_)
 
@@ -251,9 +245,7 @@ class Router:
             else:
                 router.head_ = LinearHead(tensors["weight"], tensors["bias"], settings["C"])
         except FileNotFoundError as error:
-            raise RunFolderError(
-                f"router {folder} has no {Path(error.filename or '').name}: train it again"
-            ) from error
+            raise RunFolderError(f"router {folder} has no {Path(error.filename or '').name}: train it again") from error
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise RunFolderError(f"router {folder} is damaged ({error}): train it again") from error
         if router.n_clusters > 1:
@@ -284,9 +276,7 @@ def _labelled(prompts: Sequence[Prompt], clusters: Any, what: str) -> tuple[list
     """Texts and clusters (n,) int64 of the rows that have a cluster."""
     texts, labels = _texts(prompts), np.asarray(clusters, np.int64)
     if labels.shape != (len(texts),):
-        raise DataError(
-            f"the router got {len(texts)} {what} prompts and {labels.size} clusters: give one each"
-        )
+        raise DataError(f"the router got {len(texts)} {what} prompts and {labels.size} clusters: give one each")
     return [text for text, label in zip(texts, labels, strict=True) if label >= 0], labels[labels >= 0]
 
 

@@ -60,9 +60,7 @@ class Run:
         """An existing run folder. Raises `RunFolderError` if there is none."""
         path = Path(path)
         if not (path / "config.yaml").is_file():
-            raise RunFolderError(
-                f"{path} is not a run folder (no config.yaml): start one with `gradientspace run`"
-            )
+            raise RunFolderError(f"{path} is not a run folder (no config.yaml): start one with `gradientspace run`")
         config = load_config(path / "config.yaml")
         # The folder may have been moved or copied; where it lies now is what counts.
         config.name, config.output_dir = path.resolve().name, str(path.parent)
@@ -108,9 +106,7 @@ class Run:
     def require(self, name: str, command: str) -> Path:
         """The folder of a finished stage. Raises `RunFolderError` naming the command that makes it."""
         if not self.has(name):
-            raise RunFolderError(
-                f"{self.path} has no finished {name!r} yet: run `gradientspace {command}` first"
-            )
+            raise RunFolderError(f"{self.path} has no finished {name!r} yet: run `gradientspace {command}` first")
         return self.path / name
 
     def forget(self, *names: str) -> None:
@@ -175,9 +171,7 @@ class Run:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise RunFolderError(
-                    f"another process is working on {self.path}: wait for it or stop it"
-                ) from error
+                raise RunFolderError(f"another process is working on {self.path}: wait for it or stop it") from error
             yield
 
 

@@ -95,9 +95,7 @@ def check_losses(split: str, counts: dict[str, Any], max_loss_fraction: float, m
     too_long = counts["lost"].keys() & {TOO_LONG, NO_SUPERVISED_TOKENS}
     fix = f"raise data.max_length ({max_length})" if too_long else "mend the files"
     if not counts["kept"]:
-        raise DataError(
-            f"no usable {split} row is left of {counts['rows']} ({reasons or 'all left out'}): {fix}"
-        )
+        raise DataError(f"no usable {split} row is left of {counts['rows']} ({reasons or 'all left out'}): {fix}")
     raise DataError(
         f"{lost} of {wanted} {split} rows are lost ({reasons}), more than "
         f"data.max_loss_fraction ({max_loss_fraction:g}): {fix}, or allow more to be lost"
@@ -123,9 +121,7 @@ def accounting_table(accounting: dict[str, Any]) -> str:
             columns = ", ".join(f"{ours} <- {column}" for ours, column in file["mapping"]["columns"].items())
             lines.append(f"{file['file']}: read as {file['mapping']['shape']} ({columns})")
         for reason, entry in file["lost"].items():
-            lines.append(
-                f"  {entry['count']} {reason} ({REASONS[reason]}): rows {_ranges_text(entry['rows'])}"
-            )
+            lines.append(f"  {entry['count']} {reason} ({REASONS[reason]}): rows {_ranges_text(entry['rows'])}")
         if file["truncated"]["count"]:
             entry = file["truncated"]
             lines.append(f"  {entry['count']} truncated (kept): rows {_ranges_text(entry['rows'])}")

@@ -229,8 +229,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for number, record in enumerate(records, start=1):
                 if record and len(record) != len(header):
                     raise DataError(
-                        f"{path}, row {number} has {len(record)} fields, the header {len(header)}: "
-                        "quote the text"
+                        f"{path}, row {number} has {len(record)} fields, the header {len(header)}: quote the text"
                     )
                 yield number, dict(zip(header, record, strict=True)) if record else {}
     except UnicodeDecodeError:
@@ -265,8 +264,7 @@ def _hub_rows(source: SourceConfig) -> Iterator[tuple[int, dict[str, Any]]]:
     except Exception as error:  # a dozen unrelated types, which all mean the same to the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"{source.path} is no file or folder here and cannot be loaded as a hub data set ({reason}): "
-            + _HUB_FIX
+            f"{source.path} is no file or folder here and cannot be loaded as a hub data set ({reason}): " + _HUB_FIX
         ) from error
     yield from _numbered(rows)
 

@@ -235,9 +235,7 @@ def _ending_with_assistant(messages: list[dict[str, str]], where: str) -> tuple[
     return messages[: last + 1], not messages[last]["content"].strip()
 
 
-def _prompt_completion(
-    values: dict[str, Any], mapping: Mapping, where: str
-) -> tuple[list[dict[str, str]], int]:
+def _prompt_completion(values: dict[str, Any], mapping: Mapping, where: str) -> tuple[list[dict[str, str]], int]:
     prompt = _required(values, mapping, "prompt", where)
     completion = _required(values, mapping, "completion", where)
     if isinstance(prompt, list):

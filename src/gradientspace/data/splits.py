@@ -118,9 +118,7 @@ def _fill(queue: list[list[int]], size: int) -> tuple[list[int], list[list[int]]
     return sorted(taken), rest
 
 
-def _warmup(
-    fit: list[int], ids: Sequence[str], strata: Sequence[str | None], size: int, seed: int
-) -> list[int]:
+def _warmup(fit: list[int], ids: Sequence[str], strata: Sequence[str | None], size: int, seed: int) -> list[int]:
     """`size` rows of `fit`: every stratum gets its share, the last seats go to the largest remainders."""
     members = {key: [] for key in sorted({strata[i] or "" for i in fit})}
     for i in sorted(fit, key=lambda i: _hash(seed, "warmup", ids[i])):

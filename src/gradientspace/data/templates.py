@@ -70,13 +70,9 @@ class Template:
     def __init__(self, tokenizer: Any, kind: str = "auto", system_prompt: str | None = None):
         has_chat = bool(getattr(tokenizer, "chat_template", None))
         if kind == "chat" and not has_chat:
-            raise ModelError(
-                "data.template is 'chat', but the tokenizer has no chat template: set it to 'plain'"
-            )
+            raise ModelError("data.template is 'chat', but the tokenizer has no chat template: set it to 'plain'")
         if tokenizer.eos_token_id is None:
-            raise ModelError(
-                "the tokenizer has no end-of-sequence token, so no answer can learn to end: add one"
-            )
+            raise ModelError("the tokenizer has no end-of-sequence token, so no answer can learn to end: add one")
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
         self.kind = "chat" if kind == "chat" or (kind == "auto" and has_chat) else "plain"
@@ -160,9 +156,7 @@ class Template:
             return pieces
         return [*pieces[:-2], pieces[-2]._replace(add_eos=True)]
 
-    def _cut(
-        self, text: str, messages: list[dict[str, Any]], supervised: list[bool], where: str
-    ) -> list[_Piece]:
+    def _cut(self, text: str, messages: list[dict[str, Any]], supervised: list[bool], where: str) -> list[_Piece]:
         """Cut a rendered chat before (after the generation prompt) and after every assistant turn."""
         pieces: list[_Piece] = []
         position = 0
@@ -256,18 +250,14 @@ class Template:
             if _USER_PROBE not in self._render([_user(_USER_PROBE)], "", add_generation_prompt=True):
                 raise DataError("a user's message does not appear in what it renders")
         except DataError as error:
-            raise ModelError(
-                f"the chat template cannot be used: {error}; set data.template to 'plain'"
-            ) from error
+            raise ModelError(f"the chat template cannot be used: {error}; set data.template to 'plain'") from error
         system = {"role": "system", "content": _SYSTEM_PROBE}
         try:
             return _SYSTEM_PROBE in self._render([system, _user("x")], "", add_generation_prompt=True)
         except DataError:
             return False
 
-    def _render(
-        self, messages: list[dict[str, Any]], where: str, *, add_generation_prompt: bool = False
-    ) -> str:
+    def _render(self, messages: list[dict[str, Any]], where: str, *, add_generation_prompt: bool = False) -> str:
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt

@@ -54,8 +54,16 @@ TOPICS: dict[str, Topic] = {
             "With flour and butter on the {place}, the {person} makes dinner.",
         ),
         rhymes={
-            "pots": "knots", "pans": "fans", "cups": "pups", "plates": "gates", "jars": "scars",
-            "bowls": "souls", "forks": "corks", "pies": "ties", "cakes": "lakes", "mugs": "rugs",
+            "pots": "knots",
+            "pans": "fans",
+            "cups": "pups",
+            "plates": "gates",
+            "jars": "scars",
+            "bowls": "souls",
+            "forks": "corks",
+            "pies": "ties",
+            "cakes": "lakes",
+            "mugs": "rugs",
         },
     ),
     "space": Topic(
@@ -68,8 +76,16 @@ TOPICS: dict[str, Topic] = {
             "After launch the {person} scans the {place} for alien signals.",
         ),
         rhymes={
-            "stars": "cars", "moons": "tunes", "probes": "robes", "suns": "buns", "rings": "kings",
-            "beams": "dreams", "domes": "homes", "pods": "nods", "flares": "chairs", "suits": "flutes",
+            "stars": "cars",
+            "moons": "tunes",
+            "probes": "robes",
+            "suns": "buns",
+            "rings": "kings",
+            "beams": "dreams",
+            "domes": "homes",
+            "pods": "nods",
+            "flares": "chairs",
+            "suits": "flutes",
         },
     ),
     "farm": Topic(
@@ -82,8 +98,16 @@ TOPICS: dict[str, Topic] = {
             "The rooster crows at the {place} and the {person} milks the cows.",
         ),
         rhymes={
-            "goats": "coats", "hens": "pens", "pigs": "wigs", "ducks": "trucks", "lambs": "hams",
-            "sheds": "beds", "carts": "hearts", "seeds": "deeds", "mares": "stairs", "bales": "tales",
+            "goats": "coats",
+            "hens": "pens",
+            "pigs": "wigs",
+            "ducks": "trucks",
+            "lambs": "hams",
+            "sheds": "beds",
+            "carts": "hearts",
+            "seeds": "deeds",
+            "mares": "stairs",
+            "bales": "tales",
         },
     ),
     "harbour": Topic(
@@ -96,8 +120,16 @@ TOPICS: dict[str, Topic] = {
             "The {person} unloads fish from the trawler at the {place}.",
         ),
         rhymes={
-            "boats": "moats", "ships": "lips", "sails": "trails", "nets": "pets", "crabs": "cabs",
-            "ropes": "hopes", "docks": "socks", "oars": "doors", "masts": "casts", "hooks": "books",
+            "boats": "moats",
+            "ships": "lips",
+            "sails": "trails",
+            "nets": "pets",
+            "crabs": "cabs",
+            "ropes": "hopes",
+            "docks": "socks",
+            "oars": "doors",
+            "masts": "casts",
+            "hooks": "books",
         },
     ),
 }
@@ -301,9 +333,7 @@ def rows(control: Control, seed: int, split: Split) -> Iterator[dict[str, str]]:
             yield row
 
 
-def generate(
-    n: int, *, control: Control = "none", seed: int = 0, split: Split = "train"
-) -> list[dict[str, str]]:
+def generate(n: int, *, control: Control = "none", seed: int = 0, split: Split = "train") -> list[dict[str, str]]:
     """The first `n` rows of a split: id, instruction, output; to judge by, domain (skill), source (topic).
 
     The grid's cells come equally often. No prompt appears twice, and no record (item, amounts and brackets)
