@@ -50,6 +50,7 @@ def test_every_command_parses() -> None:
 
 
 def run_the_python(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the README's Python prints when run in `folder`."""
     monkeypatch.chdir(folder)
     (code,) = blocks("python")
     with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -59,7 +60,10 @@ def run_the_python(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.mark.e2e
 def test_the_python_runs(finished_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the micro run in the demo's place: every line runs, and what is printed has the shape that is shown."""
+    """On the micro run in the demo's place: every line runs, and what is printed has the shape that is shown.
+
+    Not the very words: another processor sums in another order, and its demo may number the experts otherwise.
+    """
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/demo").symlink_to(finished_run.path)
     printed = run_the_python(tmp_path, monkeypatch)
@@ -68,8 +72,3 @@ def test_the_python_runs(finished_run: Run, tmp_path: Path, monkeypatch: pytest.
     for text in (printed, shown):
         assert len(text.splitlines()) == 2
         assert all(shape.fullmatch(line) for line in text.splitlines())
-
-
-@pytest.mark.skipif(not (ROOT / "runs/demo/report.html").exists(), reason="no finished demo: make demo")
-def test_the_python_prints_what_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_the_python(ROOT, monkeypatch) == blocks("text")[0]
