@@ -34,9 +34,9 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from gradientspace.clustering import OnlineSVDClusterer, plan_memory, spherical_kmeans
-from gradientspace.rank import estimate_rank
-from gradientspace.running_svd import RunningSVD, largest_angle
-from gradientspace.svd import gradient_svd
+from gradientspace.clustering.rank import estimate_rank
+from gradientspace.clustering.running_svd import RunningSVD, largest_angle
+from gradientspace.clustering.svd import gradient_svd
 
 N_VALIDATION = 512
 RESTARTS = 10

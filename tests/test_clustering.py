@@ -5,10 +5,10 @@ from planted import planted_rows
 from sklearn.metrics import adjusted_rand_score
 from sklearn.utils.estimator_checks import check_estimator
 
-from gradientspace.centroids import dominant_direction
 from gradientspace.clustering import OnlineSVDClusterer, plan_memory, spherical_kmeans
+from gradientspace.clustering.centroids import dominant_direction
+from gradientspace.clustering.unit_rows import RowsError
 from gradientspace.errors import ConfigError, RunFolderError
-from gradientspace.unit_rows import RowsError
 
 UPDATES = ["svd", "mean", "running"]
 

@@ -8,8 +8,8 @@ from planted import planted_rows
 from sklearn.metrics import adjusted_rand_score
 
 from gradientspace.clustering import OnlineSVDClusterer
-from gradientspace.kmeans import merge_small_clusters, spherical_kmeans
-from gradientspace.unit_rows import RowsError
+from gradientspace.clustering.kmeans import merge_small_clusters, spherical_kmeans
+from gradientspace.clustering.unit_rows import RowsError
 
 few = settings(max_examples=15, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)

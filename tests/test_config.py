@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from gradientspace.config import GradientSpaceConfig, differences, load_config
+from gradientspace.config import GradientSpaceConfig, load_config
 from gradientspace.errors import ConfigError
+from gradientspace.strict import differences
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MINIMAL = {"model": {"model_name_or_path": "m"}, "data": {"train": [{"path": "a.jsonl"}]}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import yaml
 from conftest import micro_values
 
 from gradientspace.config import GradientSpaceConfig
+from gradientspace.errors import RunFolderError
 from gradientspace.inference import BASE, Experts, RoutedModel, expert_folders
 from gradientspace.pipeline import STEPS, run
 from gradientspace.run_folder import VOLATILE, Run
@@ -135,6 +137,39 @@ def test_a_second_start_does_nothing(finished_run: Run) -> None:
     before = {p: p.stat().st_mtime_ns for p in finished_run.path.rglob("*.safetensors")}
     run(finished_run.config)
     assert {p: p.stat().st_mtime_ns for p in finished_run.path.rglob("*.safetensors")} == before
+
+
+def test_data_that_changed_between_two_starts_is_refused(micro_model: Path, micro_mix: Path, tmp_path: Path) -> None:
+    """Labels of stage II belong to rows: other rows under them would be silently wrong."""
+    mix = shutil.copytree(micro_mix, tmp_path / "mix")
+    values = micro_values(micro_model, mix, tmp_path / "runs")
+    run(GradientSpaceConfig.from_dict(values), until="warmup")
+    lines = (mix / "train.jsonl").read_text().splitlines()
+    (mix / "train.jsonl").write_text("\n".join(lines[:-7]) + "\n")
+    with pytest.raises(RunFolderError, match="has changed since the run began"):
+        run(GradientSpaceConfig.from_dict(values), until="cluster")
+
+
+def test_one_cluster_needs_no_map_and_no_encoder(micro_model: Path, micro_mix: Path, tmp_path: Path) -> None:
+    values = micro_values(micro_model, micro_mix, tmp_path)
+    values["clustering"]["n_clusters"] = 1
+    values["router"] = {"head": "ridge"}
+    values["evaluation"] = {"baselines": []}
+    results = json.loads((run(GradientSpaceConfig.from_dict(values)).path / "evaluation/results.json").read_text())
+    assert results["verdict"][1] == "Verdict: keep one adapter."
+    methods = results["methods"]
+    assert methods["gradientspace"]["overall"] == methods["single"]["overall"]  # the same start, rows and seed
+
+
+def test_evaluation_follows_its_baselines(finished_run: Run) -> None:
+    inputs = finished_run.manifest()["stages"]["evaluation"]["inputs"]
+    assert {
+        "router",
+        "single",
+        "experts/0",
+        "baselines/random/experts/1",
+        "baselines/embedding/groups",
+    } <= inputs.keys()
 
 
 @pytest.mark.parametrize("stage", ["clustering", "experts/1"])

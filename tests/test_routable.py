@@ -5,9 +5,9 @@ from planted import planted_rows
 from sklearn.linear_model import Ridge
 from sklearn.metrics import adjusted_rand_score
 
+from gradientspace.clustering.unit_rows import RowsError
 from gradientspace.errors import RunFolderError
 from gradientspace.routable import RidgeStatistics, RoutableMap, RoutedAlignment
-from gradientspace.unit_rows import RowsError
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@ import pytest
 import torch
 from planted import planted_rows
 
-from gradientspace.running_svd import RunningSVD, largest_angle
-from gradientspace.svd import gradient_svd
-from gradientspace.unit_rows import RowsError
+from gradientspace.clustering.running_svd import RunningSVD, largest_angle
+from gradientspace.clustering.svd import gradient_svd
+from gradientspace.clustering.unit_rows import RowsError
 
 
 def test_without_truncation_it_is_the_full_svd():

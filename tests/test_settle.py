@@ -5,8 +5,8 @@ from planted import planted_rows
 from sklearn.metrics import adjusted_rand_score
 
 from gradientspace.clustering import OnlineSVDClusterer
-from gradientspace.kmeans import merge_small_clusters
-from gradientspace.settle import (
+from gradientspace.clustering.kmeans import merge_small_clusters
+from gradientspace.clustering.settle import (
     agreement,
     coordinate_labels,
     coordinate_stability,
@@ -15,7 +15,7 @@ from gradientspace.settle import (
     settle_by_coordinates,
     sweep,
 )
-from gradientspace.unit_rows import RowsError
+from gradientspace.clustering.unit_rows import RowsError
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import pytest
 import torch
 from planted import planted_rows
 
-from gradientspace.rank import estimate_rank
-from gradientspace.svd import gradient_svd
-from gradientspace.unit_rows import IdenticalRowsError, RowsError
+from gradientspace.clustering.rank import estimate_rank
+from gradientspace.clustering.svd import gradient_svd
+from gradientspace.clustering.unit_rows import IdenticalRowsError, RowsError
 
 
 def unit_rows(rows, center):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from gradientspace import __version__
 from gradientspace.config import GradientSpaceConfig, load_config
+from gradientspace.demo.skills import CONTROLS
 from gradientspace.errors import ConfigError, GradientSpaceError
 
 _STEPS = {
@@ -99,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.set_defaults(handler=_compare)
 
     demo = commands.add_parser("demo", help="the whole method on generated data, offline, in minutes")
-    demo.add_argument("--control", choices=("none", "one-skill", "by-topic"), default="none")
+    demo.add_argument("--control", choices=CONTROLS, default="none")
     demo.add_argument("--output-dir", default="runs")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--fresh", action="store_true", help="start over instead of reusing a finished run")
@@ -126,9 +127,10 @@ def _print_run_help() -> None:
     import tyro
 
     print("usage: gradientspace run CONFIG.yaml [--section.option value ...]\n\nCONFIG.yaml holds the options below.")
-    with_sources = dataclasses.replace(GradientSpaceConfig())
     try:
-        tyro.cli(GradientSpaceConfig, default=with_sources, args=["--help"], config=(tyro.conf.FlagConversionOff,))
+        tyro.cli(
+            GradientSpaceConfig, default=GradientSpaceConfig(), args=["--help"], config=(tyro.conf.FlagConversionOff,)
+        )
     except SystemExit:
         return
 

@@ -12,7 +12,6 @@ import importlib.util
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 
 from gradientspace.errors import ConfigError, DataError, ModelError
+from gradientspace.progress import no_loading_bar
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -176,7 +176,7 @@ def _load(folder: str, device: str) -> SentenceTransformer:
     from sentence_transformers import SentenceTransformer
 
     try:
-        with _no_loading_bar():
+        with no_loading_bar():
             model = SentenceTransformer(
                 folder,
                 device=device,
@@ -232,19 +232,6 @@ def _fix(hub_id: str) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-@contextmanager
-def _no_loading_bar():
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _checked(texts: Any) -> list[str]:

@@ -18,16 +18,16 @@ import pyarrow.parquet as pq
 import torch
 
 from gradientspace.clustering import Assignment, OnlineSVDClusterer, spherical_kmeans
+from gradientspace.clustering.kmeans import merge_small_clusters
+from gradientspace.clustering.settle import coordinate_stability, moved_share, settle_by_coordinates
 from gradientspace.config import ClusteringConfig, GradientSpaceConfig
 from gradientspace.data import Dataset, Sample
 from gradientspace.encoder import Encoder
 from gradientspace.evaluation import variance_shares
 from gradientspace.gradients import GradientBatch, PerSampleGradients
-from gradientspace.kmeans import merge_small_clusters
 from gradientspace.progress import Progress, say
 from gradientspace.routable import RoutableMap
 from gradientspace.run_folder import write_json
-from gradientspace.settle import coordinate_stability, moved_share, settle_by_coordinates
 
 if TYPE_CHECKING:
     from peft import PeftModel

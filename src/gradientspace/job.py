@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gradientspace.config import GradientSpaceConfig
 from gradientspace.data import Dataset, Sample, Template, load
 from gradientspace.encoder import Encoder
+from gradientspace.errors import RunFolderError
 from gradientspace.grouping import Groups
 from gradientspace.models import load_base, load_tokenizer, lora, padding_id, save_adapter
 from gradientspace.run_folder import Run, write_json
@@ -43,7 +44,18 @@ class Job:
 
     @cached_property
     def data(self) -> Dataset:
-        return load(self.config.data, self.tokenizer, self.config.seed)
+        """The splits; refused where they are not the ones that finished stages were made from."""
+        data = load(self.config.data, self.tokenizer, self.config.seed)
+        recorded = self.run.path / "data/fingerprint.json"
+        if self.run.has("data") and recorded.is_file():
+            before, now = json.loads(recorded.read_text()), data.fingerprint()
+            changed = [split for split in now if before.get(split) != now[split]]
+            if changed:
+                raise RunFolderError(
+                    f"the data of {self.run.path} has changed since the run began ({', '.join(changed)}): "
+                    "restore the files, or start a new run with another --name"
+                )
+        return data
 
     @cached_property
     def template(self) -> Template:

@@ -16,6 +16,7 @@ import torch
 
 from gradientspace.config import LoraConfig, ModelConfig
 from gradientspace.errors import ModelError
+from gradientspace.progress import no_loading_bar
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -56,7 +57,7 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
     folder = Path(config.model_name_or_path)
     if folder.is_dir() and not any(p for pattern in _WEIGHTS for p in folder.glob(pattern)):
         raise ModelError(f"{folder} has no weights (*.safetensors): give a complete model folder or a hub id")
-    with _quiet_loading():
+    with no_loading_bar():
         model = _from_hub_or_folder(
             AutoModelForCausalLM,
             "model",
@@ -79,20 +80,6 @@ def _from_hub_or_folder(loader: Any, what: str, config: ModelConfig, **options: 
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"cannot load the {what} of {name}: {reason}") from error
-
-
-@contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """transformers draws a bar of its own for loading weights; ours is the only progress users see."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager
@@ -181,8 +168,3 @@ def load_adapters(base: PreTrainedModel, folders: dict[str, Path]) -> PeftModel:
         raise ModelError("no adapter to load")
     model.requires_grad_(False)
     return model.eval()
-
-
-def count_parameters(model: torch.nn.Module) -> int:
-    """Trainable numbers of a model."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)

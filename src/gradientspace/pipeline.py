@@ -30,7 +30,12 @@ def run(config: GradientSpaceConfig, until: str = "report") -> Run:
 
 def read_data(job: Job) -> None:
     """Rows -> tokenised samples with stable ids, every row accounted for."""
-    job.run.stage("data", lambda folder: write_json(folder / "accounting.json", job.data.accounting))
+
+    def make(folder: Path) -> None:
+        write_json(folder / "accounting.json", job.data.accounting)
+        write_json(folder / "fingerprint.json", job.data.fingerprint())
+
+    job.run.stage("data", make)
 
 
 def warm_up(job: Job) -> None:
@@ -82,9 +87,11 @@ def train_router(job: Job) -> None:
 
 
 def router_head(job: Job) -> str | RidgeHead:
-    if job.config.router.head == "logistic":
+    folder = job.run.path / "clustering/routable"
+    # With one cluster there is nothing to map, and the router is constant.
+    if job.config.router.head == "logistic" or not folder.is_dir():
         return "logistic"
-    routable = RoutableMap.load(job.run.path / "clustering/routable")
+    routable = RoutableMap.load(folder)
     return RidgeHead(routable.coefficients_, routable.centres_)
 
 
@@ -93,8 +100,9 @@ def evaluate(job: Job) -> None:
     train_single(job)
     for name in job.config.evaluation.baselines:
         train_baseline(job, name)
-    experts = [f"experts/{k}" for k in range(Groups.read(job.run.path / "clustering").n_clusters)]
-    job.run.stage("evaluation", lambda folder: comparison.evaluate(job, folder), inputs=("router", "single", *experts))
+    baselines = [f"baselines/{name}" for name in job.config.evaluation.baselines]
+    inputs = ("router", "single", *job.run.stages_below("experts", *baselines))
+    job.run.stage("evaluation", lambda folder: comparison.evaluate(job, folder), inputs=inputs)
 
 
 def report(job: Job) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
-
-T = TypeVar("T")
+from collections.abc import Iterator
 
 PLAIN_INTERVAL = 10.0
 """Seconds between two plain progress lines where the output is not a terminal."""
@@ -56,12 +54,18 @@ class Progress:
         self.close()
 
 
-def track(items: Iterable[T], label: str, total: int, unit: str = "it") -> Iterator[T]:
-    """Iterate with progress."""
-    with Progress(label, total, unit) as progress:
-        for item in items:
-            yield item
-            progress.advance()
+@contextlib.contextmanager
+def no_loading_bar() -> Iterator[None]:
+    """transformers draws a bar of its own for loading weights; ours is the only progress users see."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class PeakMemory:

@@ -1,5 +1,6 @@
 """Routable gradients: the part of a gradient that the prompt predicts, and what routing on prompts gains.
- At inference only the prompt is known. `RoutableMap` regresses the coordinates z = V u of every sample's
+
+At inference only the prompt is known. `RoutableMap` regresses the coordinates z = V u of every sample's
 gradient on its prompt's embedding (ridge), clusters the out-of-fold predictions, and is itself a router:
 predict, then take the nearest centroid. `RoutedAlignment` prices any grouping together with its router,
 before an expert is trained, by the first-order gain that unseen samples get from a step along the mean
@@ -16,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from sklearn.utils import check_random_state
 from torch import Tensor
 
+from gradientspace.clustering.kmeans import merge_small_clusters, spherical_kmeans
+from gradientspace.clustering.unit_rows import Rows, RowsError, with_norms
 from gradientspace.errors import RunFolderError
-from gradientspace.kmeans import merge_small_clusters, spherical_kmeans
-from gradientspace.unit_rows import Rows, RowsError, with_norms
 
 MAP_FILE, RECORD_FILE = "routable.safetensors", "routable.json"
 BLOCK_ROWS = 8192

@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gradientspace.config import GradientSpaceConfig, differences, load_config
+from gradientspace.config import GradientSpaceConfig, load_config
 from gradientspace.errors import RunFolderError
 from gradientspace.progress import PeakMemory, say
+from gradientspace.strict import differences
 
 VOLATILE = ("stages.json", ".lock")
 SCHEMA = 1
@@ -118,6 +119,10 @@ class Run:
             if not any(stage == name or stage.startswith(name + "/") for name in names)
         }
         write_json(self.path / "manifest.json", manifest)
+
+    def stages_below(self, *names: str) -> tuple[str, ...]:
+        """Recorded stages in the folders `names`, in the order they were made."""
+        return tuple(s for s in self.manifest()["stages"] if s.startswith(tuple(f"{name}/" for name in names)))
 
     def _is_usable(self, name: str, fingerprint: dict[str, str]) -> bool:
         entry = self.manifest()["stages"].get(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,3 +58,13 @@ class Dataset:
     validation: list[Sample]
     accounting: dict[str, Any] = field(repr=False)
     """What became of every row of every file: see `gradientspace.data.accounting`."""
+
+    def fingerprint(self) -> dict[str, str]:
+        """SHA-256 of each split's ids, tokens and labels: equal only for the same samples in the same order."""
+        prints = {}
+        for name in ("fit", "dev_a", "dev_b", "test", "warmup", "validation"):
+            digest = hashlib.sha256()
+            for sample in getattr(self, name):
+                digest.update(repr((sample.id, sample.input_ids, sample.labels)).encode())
+            prints[name] = digest.hexdigest()
+        return prints

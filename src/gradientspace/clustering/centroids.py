@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradientspace.unit_rows import compute_dtype, no_direction_below, with_norms
+from gradientspace.clustering.unit_rows import compute_dtype, no_direction_below, with_norms
 
 # Below this, |u - mean|^2 from inner products has lost too many digits: it is computed from the rows instead.
 CANCELLATION = 1e-3

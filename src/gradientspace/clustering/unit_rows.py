@@ -1,10 +1,11 @@
 """Unit rows of a tall-thin gradient matrix, seen through column blocks instead of copied.
- The method works on unit vectors u_i = g_i / |g_i|, optionally centred: (u_i - mean) / |u_i - mean|.
+
+The method works on unit vectors u_i = g_i / |g_i|, optionally centred: (u_i - mean) / |u_i - mean|.
 `UnitRows` holds the raw (M, D) rows and the scalars that turn them into those vectors, and makes them one
 block of columns at a time, so an (M, D) matrix is never held twice.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
 import numpy as np
@@ -119,3 +120,12 @@ class UnitRows:
             squares += block.square().sum(dim=1)
         norms = squares.sqrt()
         return torch.where(norms > no_direction_below(self.dtype), norms, torch.zeros_like(norms))
+
+
+def is_stream(X) -> bool:
+    """An iterable of 2-dimensional batches, rather than one (N, D) array."""
+    if isinstance(X, Tensor) or hasattr(X, "__array__") or hasattr(X, "shape"):
+        return False
+    if isinstance(X, list | tuple):
+        return len(X) > 0 and getattr(X[0], "ndim", 0) == 2
+    return isinstance(X, Iterable)

@@ -1,5 +1,6 @@
 """After the online pass: settle labels, cluster again for another K, and say how stable the answer is.
- All of it works on the recorded coordinates z = V u (N, q), a few hundred bytes a sample, so it takes seconds
+
+All of it works on the recorded coordinates z = V u (N, q), a few hundred bytes a sample, so it takes seconds
 and never touches the model. Labels in full dimension come from the clusterer's `predict` on a second gradient
 pass.
 """
@@ -12,8 +13,8 @@ import numpy as np
 from sklearn.metrics import adjusted_rand_score
 from sklearn.utils import check_random_state
 
-from gradientspace.kmeans import spherical_kmeans
-from gradientspace.unit_rows import RowsError
+from gradientspace.clustering.kmeans import spherical_kmeans
+from gradientspace.clustering.unit_rows import RowsError
 
 AGREEMENT_NEEDED = 0.95
 

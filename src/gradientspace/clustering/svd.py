@@ -1,6 +1,7 @@
 """The singular value decomposition of a validation gradient matrix G (M, D), M in the hundreds, D in the
 millions.
- It never forms a D x D matrix: eigenvalues and right singular vectors come from the M x M Gram matrix
+
+It never forms a D x D matrix: eigenvalues and right singular vectors come from the M x M Gram matrix
 (float64 eigh). The Gram matrices of sign-flipped copies, which the rank estimate compares with, are made in
 the same pass.
 """
@@ -13,7 +14,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from gradientspace.unit_rows import IdenticalRowsError, RowsError, UnitRows
+from gradientspace.clustering.unit_rows import IdenticalRowsError, RowsError, UnitRows
 
 SIGN_BIT = -(2**31)
 DRAWS_PER_WORD = 32

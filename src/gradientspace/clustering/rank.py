@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
-from gradientspace.svd import GradientSVD
-from gradientspace.unit_rows import RowsError
+from gradientspace.clustering.svd import GradientSVD
+from gradientspace.clustering.unit_rows import RowsError
 
 PERCENTILE = 95.0
 STANDARD_DEVIATIONS = 3.0

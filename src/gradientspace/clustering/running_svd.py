@@ -6,7 +6,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from gradientspace.unit_rows import RowsError
+from gradientspace.clustering.unit_rows import RowsError
 
 
 class RunningSVD:

@@ -5,7 +5,7 @@ import torch
 from sklearn.utils import check_random_state
 from torch import Tensor
 
-from gradientspace.unit_rows import Rows, RowsError, with_norms
+from gradientspace.clustering.unit_rows import Rows, RowsError, with_norms
 
 MAX_ITERATIONS = 100
 # Restarts compete on at most this many rows; the winner is then refined on all of them.

@@ -6,7 +6,8 @@
         labels = clusterer.partial_fit(batch).labels_
     clusterer.finalize()                            # caches that are still partly full
     clusterer.predict(rows), clusterer.transform(rows)
- Rows are used as unit vectors u = x / |x|, by default minus the mean of the validation sample's unit vectors
+
+Rows are used as unit vectors u = x / |x|, by default minus the mean of the validation sample's unit vectors
 and rescaled. Nothing is projected: centroids live in all D dimensions. Cost O((K + q + n) D) a row; memory
 max(M, K + K n + q + b) D numbers whatever the length of the stream.
 """
@@ -26,52 +27,32 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from gradientspace.centroids import Centroids, Projection
+from gradientspace.clustering.assignment import Assignment, nearest_centroid
+from gradientspace.clustering.centroids import Centroids, Projection
+from gradientspace.clustering.kmeans import spherical_kmeans
+from gradientspace.clustering.memory import MemoryPlan, plan_memory
+from gradientspace.clustering.parameters import check_parameters
+from gradientspace.clustering.rank import RankEstimate, estimate_rank
+from gradientspace.clustering.svd import GradientSVD, gradient_svd
+from gradientspace.clustering.unit_rows import IdenticalRowsError, Rows, RowsError, is_stream
 from gradientspace.errors import RunFolderError
-from gradientspace.kmeans import spherical_kmeans
-from gradientspace.memory import MemoryPlan, plan_memory
-from gradientspace.rank import RankEstimate, estimate_rank
-from gradientspace.svd import GradientSVD, gradient_svd
-from gradientspace.unit_rows import IdenticalRowsError, Rows, RowsError
-
-__all__ = [
-    "Assignment",
-    "MemoryPlan",
-    "OnlineSVDClusterer",
-    "plan_memory",
-    "spherical_kmeans",
-]
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE, PARAMETERS_FILE = "clusterer.safetensors", "clusterer.json"
-UPDATES = ("svd", "mean", "running")
-CACHE_DTYPES = ("float32", "bfloat16")
-
-
-class Assignment:
-    """What the clusterer says of a batch of b rows.
-
-    `labels` (b,) int64, -1 for rows without a direction (zero, non-finite, or equal to the mean); `cosine`
-    (b,) to the chosen centroid; `margin` (b,) cosine minus the runner-up's (2, the largest possible, when K =
-    1); `coordinates` (b, q) = V u. Cosine, margin and coordinates of a -1 row are 0.
-    """
-
-    __slots__ = ("coordinates", "cosine", "labels", "margin")
-
-    def __init__(self, labels: Rows, cosine: Rows, margin: Rows, coordinates: Rows):
-        self.labels, self.cosine, self.margin, self.coordinates = labels, cosine, margin, coordinates
 
 
 class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
     """Cluster unit vectors by direction in one pass.
 
-    Parameters ---------- n_clusters : K, or "auto" for the spectrum's answer (`rank_estimate_`). random_state
-    : seeds the sign flips, the k-means restarts and the order of rows in `fit`. n_components : q, dimensions
-    of the dominant subspace; fewer where the validation sample has fewer. center : subtract the mean of the
-    validation sample's unit rows. update : how a full cache of n rows moves its centroid. "svd": towards the
-    dominant right singular vector of the
-        cache (the paper); "mean": towards its mean; "running": no cache and no momentum, the centroid is the
+    Parameters
+    ----------
+    n_clusters : K, or "auto" for the spectrum's answer (`rank_estimate_`).
+    random_state : seeds the sign flips, the k-means restarts and the order of rows in `fit`.
+    n_components : q, dimensions of the dominant subspace; fewer where the validation sample has fewer.
+    center : subtract the mean of the validation sample's unit rows.
+    update : how a full cache of n rows moves its centroid. "svd": towards the dominant right singular vector of
+        the cache (the paper); "mean": towards its mean; "running": no cache and no momentum, the centroid is the
         direction of the sum of all rows it was ever given.
     momentum : m in (0, 1], the weight of the *new* direction: c <- normalise((1 - m) c + m v).
     cache_size : n, rows of a cluster between two moves of its centroid.
@@ -82,11 +63,15 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
     n_validation, batch_size : M and b that `fit` uses on a whole array or on a stream; `initialize` and
         `partial_fit` take what they are given.
 
-    Attributes ---------- n_clusters_, n_features_in_, labels_ (after `fit`: of all rows; after `partial_fit`:
-    of that batch, before its centroids moved), `assignment_` (all of the last batch's `Assignment`),
-    `cluster_centers_` (K, D) unit rows, `components_` V (q, D), `mean_` (D,) (zeros when not centred),
-    `singular_values_` and `explained_energy_` (cumulative) of the validation sample, `rank_estimate_` (None
-    when K was given), `counts_` (K,) rows streamed.
+    Attributes
+    ----------
+    n_clusters_, n_features_in_ : K and D.
+    labels_ : after `fit` of all rows; after `partial_fit` of that batch, before its centroids moved; `assignment_`
+        has the last batch's whole `Assignment`.
+    cluster_centers_, components_, mean_ : (K, D) unit rows, V (q, D), (D,) (zeros when not centred).
+    singular_values_, explained_energy_ : of the validation sample, the energy cumulative.
+    rank_estimate_ : None when K was given.
+    counts_ : (K,) rows streamed.
     """
 
     def __init__(
@@ -132,7 +117,7 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         `labels_` are those of the rows of G. Raises RowsError when K exceeds the number of rows with a
         direction, or when no row has one.
         """
-        self._check_parameters()
+        check_parameters(self)
         rows = self._rows(G, reset=True)
         self._torch_out = isinstance(G, Tensor)
         self._device = rows.device
@@ -183,7 +168,7 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         `labels_` are those of the final centroids. Of an iterable, the first batches up to `n_validation`
         rows initialise; its order is the caller's, and `labels_` are the online ones.
         """
-        if not _is_stream(X):
+        if not is_stream(X):
             return self._fit_array(X)  # pyright: ignore[reportArgumentType]
         return self._fit_stream(iter(X))
 
@@ -393,19 +378,8 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         )
 
     def _assignment(self, batch: Projection, as_torch: bool) -> tuple[Tensor, Assignment]:
-        cosine = batch.cosine
-        best = cosine.max(dim=1).values
-        # The lowest index wins a tie, on every device.
-        index = torch.arange(cosine.shape[1], device=cosine.device)
-        labels = torch.where(cosine == best[:, None], index, cosine.shape[1]).min(dim=1).values
-        if cosine.shape[1] > 1:
-            margin = best - cosine.scatter(1, labels[:, None], -2.0).max(dim=1).values
-        else:
-            margin = torch.full_like(best, 2.0)
-        labels = torch.where(batch.valid, labels, -1)
-        margin = torch.where(batch.valid, margin, torch.zeros_like(margin))
-        parts = (labels, best, margin, batch.coordinates)
-        return labels, Assignment(*(self._out(part, as_torch) for part in parts))
+        parts = nearest_centroid(batch)
+        return parts[0], Assignment(*(self._out(part, as_torch) for part in parts))
 
     def _fitted_state(self) -> Centroids:
         check_is_fitted(self, "_state")
@@ -427,33 +401,6 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
             raise RowsError(f"X has {X.shape[1]} features, but {self.n_features_in_} were fitted")
         return X.detach() if X.is_floating_point() else X.to(torch.float32)
 
-    def _check_parameters(self) -> None:
-        if isinstance(self.n_clusters, str):
-            if self.n_clusters != "auto":
-                raise RowsError(f'n_clusters is "{self.n_clusters}": give a number from 1, or "auto"')
-        elif self.n_clusters < 1:
-            raise RowsError(f'n_clusters is {self.n_clusters}: give a number from 1, or "auto"')
-        if self.update not in UPDATES:
-            raise RowsError(f'update is "{self.update}": choose one of {", ".join(UPDATES)}')
-        if not 0 < self.momentum <= 1:
-            raise RowsError(f"momentum is {self.momentum}: it is the weight of the new direction, in (0, 1]")
-        if self.cache_dtype not in CACHE_DTYPES:
-            raise RowsError(f'cache_dtype is "{self.cache_dtype}": choose one of {", ".join(CACHE_DTYPES)}')
-        for name in ("n_components", "cache_size", "k_min", "k_max", "n_init", "n_validation", "batch_size"):
-            if getattr(self, name) < 1:
-                raise RowsError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.k_min > self.k_max:
-            raise RowsError(f"k_min is {self.k_min}, above k_max = {self.k_max}: swap them")
-
     @staticmethod
     def _out(values: Tensor, as_torch: bool) -> Rows:
         return values if as_torch else values.cpu().numpy()
-
-
-def _is_stream(X) -> bool:
-    """An iterable of 2-dimensional batches, rather than one (N, D) array."""
-    if isinstance(X, Tensor) or hasattr(X, "__array__") or hasattr(X, "shape"):
-        return False
-    if isinstance(X, list | tuple):
-        return len(X) > 0 and getattr(X[0], "ndim", 0) == 2
-    return isinstance(X, Iterable)
