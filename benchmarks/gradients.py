@@ -322,6 +322,11 @@ def precision(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def continued(earlier: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Sections measured earlier stay in the file where machine, versions and day are the same."""
+    return earlier if earlier["machine"] == new["machine"] else new
+
+
 SECTIONS = {"speed": speed, "prompts": prompts, "packing": packing, "stream": stream, "precision": precision}
 
 
@@ -344,10 +349,13 @@ def main() -> None:
     if options.peak_of or options.stream_of:
         print(json.dumps(measure_peak(options)))
         return
-    results: dict[str, Any] = {"machine": describe("gradientspace", "transformers", "peft", "opacus", "bergson")}
+    results = {"machine": describe("gradientspace", "transformers", "peft", "opacus", "bergson")}
+    if options.json and options.json.exists():
+        results = continued(json.loads(options.json.read_text()), results)
     for name in options.sections.split(","):
         results[name] = SECTIONS[name](options)
-        print(f"{name}\n{json.dumps({k: v for k, v in results[name].items() if k != 'seconds'}, indent=2)}")
+        shown = {key: value for key, value in results[name].items() if key != "seconds"}
+        print(f"{name}\n{json.dumps(shown, indent=2)}", flush=True)
         if options.json:
             options.json.write_text(json.dumps(results, indent=2) + "\n")
 

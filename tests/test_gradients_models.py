@@ -88,8 +88,9 @@ def test_general_path_is_exact(name):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("path", ["fast", "general"])
-@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "path"), [(name, "fast") for name in MODELS] + [(name, "general") for name in ("llama", "opt", "gpt2")]
+)
 def test_checkpointed_is_exact_in_both_modes(name, path, reentrant):
     model = tiny(name)
     checkpoint(model, reentrant)
