@@ -22,7 +22,6 @@ _STEPS = {
     "experts": "train the shared adapter and one expert a cluster",
     "router": "train and calibrate the router",
     "eval": "train the baselines and evaluate every method",
-    "report": "write report.html",
 }
 
 
@@ -80,6 +79,12 @@ def _parser() -> argparse.ArgumentParser:
         step.add_argument("run", help="a run folder, or a config that makes one")
         step.add_argument("--redo", action="store_true", help="make this step again though it is there")
         step.set_defaults(handler=_step, takes_overrides=True)
+
+    report = commands.add_parser("report", help="remake report.html from a run's files, or lay runs side by side")
+    report.add_argument("run", nargs="?", help="a run folder (files only, seconds), or a config to run first")
+    report.add_argument("--compare", nargs="+", metavar="RUN", help="run folders for one page, side by side")
+    report.add_argument("--output", type=Path, default=Path("compare.html"), help="where --compare writes its page")
+    report.set_defaults(handler=_report, takes_overrides=True)
 
     route = commands.add_parser("route", help="which expert a prompt goes to, how sure, and the runner-up")
     route.add_argument("run")
@@ -144,7 +149,7 @@ def _step(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.redo:
         Run.create(config.validate()).forget(*STAGES_OF[options.command])
     done = run(config, until=options.command)
-    if options.command in ("eval", "report"):
+    if options.command == "eval":
         _print_summary(done.path)
 
 
@@ -167,6 +172,23 @@ def _data(options: argparse.Namespace, overrides: list[str]) -> None:
     print(accounting_table(data.accounting))
     print("\nOne sample, supervised tokens marked:\n")
     print(render_sample(data.fit[0], tokenizer))
+
+
+def _report(options: argparse.Namespace, overrides: list[str]) -> None:
+    from gradientspace.report import write_comparison, write_report
+    from gradientspace.run_folder import Run
+
+    if options.compare:
+        print(write_comparison([Run.open(path) for path in options.compare], options.output))
+        return
+    if options.run is None:
+        raise ConfigError("no run given: gradientspace report RUN, or gradientspace report --compare RUN RUN")
+    if Path(options.run).is_dir() and not overrides:
+        print(write_report(Run.open(options.run)))
+        return
+    from gradientspace.pipeline import run
+
+    _print_summary(run(load_config(options.run, overrides)).path)
 
 
 def _route(options: argparse.Namespace, _: list[str]) -> None:

@@ -12,7 +12,7 @@ from gradientspace import __version__
 
 _NEEDED = (
     "torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "scikit-learn",
-    "sentence-transformers", "pyarrow", "PyYAML", "tyro", "tqdm", "psutil",
+    "sentence-transformers", "pyarrow", "PyYAML", "tyro", "tqdm", "psutil", "matplotlib", "Jinja2",
 )  # fmt: skip
 _OPTIONAL = {
     "datasets": ("data sets from a hub", "pip install 'gradientspace[hub]'"),
@@ -42,6 +42,13 @@ def examine() -> tuple[list[str], list[str]]:
     else:
         lines.append("all that is needed is there; next: gradientspace demo")
     return lines, missing
+
+
+def versions() -> dict[str, str]:
+    """Version of everything a run depends on, by package."""
+    found = {package: _version(package) for package in _NEEDED}
+    installed = {package: version for package, version in found.items() if version is not None}
+    return {"gradientspace": __version__, "Python": platform.python_version(), **installed}
 
 
 def _version(package: str) -> str | None:

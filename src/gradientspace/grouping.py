@@ -21,6 +21,8 @@ from gradientspace.clustering import Assignment, OnlineSVDClusterer, spherical_k
 from gradientspace.clustering.kmeans import merge_small_clusters
 from gradientspace.clustering.settle import coordinate_stability, moved_share, settle_by_coordinates
 from gradientspace.config import ClusteringConfig, GradientSpaceConfig
+from gradientspace.conflict import FILE as GRAM_FILE
+from gradientspace.conflict import unit_gram, write_gram
 from gradientspace.data import Dataset, Sample
 from gradientspace.encoder import Encoder
 from gradientspace.evaluation import variance_shares
@@ -131,7 +133,10 @@ def gradient_groups(
     with PerSampleGradients(model) as engine:
         clusterer = _new_clusterer(options, config.seed)
         say(clusterer.plan_memory(engine.dim).table())
-        clusterer.initialize(_validation_gradients(engine, data.validation, config))
+        validation = _validation_gradients(engine, data.validation, config)
+        write_gram(folder / GRAM_FILE, [s.id for s in data.validation], unit_gram(validation))
+        clusterer.initialize(validation)
+        del validation
         _announce(clusterer)
         fit = _learn(engine, clusterer, data.fit, config)
         online = fit.cluster.copy()

@@ -14,6 +14,8 @@ from gradientspace.models import lora
 from gradientspace.report import write_report
 from gradientspace.routable import RoutableMap
 from gradientspace.router import RidgeHead, Router
+from gradientspace.rows import FILE as ROWS_FILE
+from gradientspace.rows import write_rows
 from gradientspace.run_folder import Run, write_json
 
 
@@ -36,6 +38,7 @@ def read_data(job: Job) -> None:
         write_json(folder / "fingerprint.json", job.data.fingerprint())
 
     job.run.stage("data", make)
+    job.run.stage("rows", lambda folder: write_rows(folder / ROWS_FILE, job.data), inputs=("data",))
 
 
 def warm_up(job: Job) -> None:
@@ -121,7 +124,7 @@ STEPS: dict[str, Callable[[Job], None]] = {
 }
 
 STAGES_OF: dict[str, tuple[str, ...]] = {
-    "data": ("data",),
+    "data": ("data", "rows"),
     "warmup": ("warmup",),
     "cluster": ("clustering",),
     "experts": ("shared", "experts"),

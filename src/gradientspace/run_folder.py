@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gradientspace.config import GradientSpaceConfig, load_config
+from gradientspace.doctor import versions
 from gradientspace.errors import RunFolderError
 from gradientspace.progress import PeakMemory, say
 from gradientspace.strict import differences
@@ -53,6 +54,7 @@ class Run:
         with _explain_os_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             if not recorded.is_file():
+                write_json(path / "versions.json", versions())
                 write_text(recorded, _config_header() + config.to_yaml())
         return cls(path, config)
 
