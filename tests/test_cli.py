@@ -142,8 +142,19 @@ def test_route_and_generate(finished_run: Run, capsys) -> None:
 def test_report_is_remade_from_files(finished_run: Run, capsys) -> None:
     (finished_run.path / "report.html").unlink()
     assert main(["report", str(finished_run.path)]) == 0
-    assert "Verdict:" in capsys.readouterr().out
+    assert capsys.readouterr().out.strip() == str(finished_run.path / "report.html")
     assert "<svg" in (finished_run.path / "report.html").read_text()
+
+
+@pytest.mark.e2e
+def test_report_lays_runs_side_by_side(finished_run: Run, tmp_path: Path) -> None:
+    page = tmp_path / "both.html"
+    assert main(["report", "--compare", str(finished_run.path), str(finished_run.path), "--output", str(page)]) == 0
+    assert "What differs in the configs" in page.read_text()
+
+
+def test_report_without_a_run_says_what_to_give(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no run given" in fails(capsys, "report")
 
 
 @pytest.mark.e2e

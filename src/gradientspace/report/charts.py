@@ -182,14 +182,12 @@ def bar_axes(axes: Axes) -> None:
 
 def log_scale(axes: Axes) -> None:
     """A logarithmic y axis with plain numbers at its ticks, since mathematics is not typeset."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    few = high / low < 30
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=12))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    steps = (1, 2, 5) if high / low < 100 else (1,)
+    ticks = [step * 10.0**e for e in range(-9, 9) for step in steps if low <= step * 10.0**e <= high]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
 
 
 def colour_of(k: int) -> str:

@@ -23,8 +23,9 @@ from gradientspace.report.charts import (
 )
 from gradientspace.report.record import RunRecord
 
-_NAME = 18
+_NAME = 24
 _SPECTRUM = 32
+_SOURCES = 11
 _BINS = 10
 _SHARES = np.linspace(0.05, 1.0, 20)
 _FEWEST = 2
@@ -34,7 +35,8 @@ _LARGEST_HEATMAP = 24
 
 def short(name: str) -> str:
     """A label from data, short enough for an axis."""
-    return one_line(name, _NAME) if len(name) > _NAME else one_line(name)
+    text = one_line(name[: 4 * _NAME])
+    return text if len(text) <= _NAME else f"{text[: _NAME - 1].rstrip()}…"
 
 
 def differences(record: RunRecord) -> Chart | None:
@@ -91,20 +93,25 @@ def cluster_sources(record: RunRecord) -> Chart | None:
     )  # fmt: skip
 
 
+def source_groups(sources: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Names, largest first, and the number (N,) of every sample's source; beyond eleven the smaller ones are one."""
+    found, number, sizes = np.unique(np.asarray(sources, dtype=object), return_inverse=True, return_counts=True)
+    order = np.argsort(-sizes, kind="stable")
+    place = np.empty(len(order), dtype=int)
+    place[order] = np.arange(len(order))
+    names = [short(str(found[i])) or "no source" for i in order[:_SOURCES]]
+    if len(order) > _SOURCES:
+        names.append(f"{len(order) - _SOURCES} others")
+    return names, np.minimum(place[number], _SOURCES)
+
+
 def source_counts(sources: Sequence[str], clusters: np.ndarray, n_clusters: int) -> tuple[list[str], np.ndarray]:
-    """Names and counts (K, S) of samples; beyond eleven sources the smaller ones are one."""
-    everything, number = np.unique(np.asarray([s or "no source" for s in sources], dtype=object), return_inverse=True)
-    counts = np.zeros((n_clusters, len(everything)), dtype=int)
+    """Names and counts (K, S) of samples."""
+    names, number = source_groups(sources)
+    counts = np.zeros((n_clusters, len(names)), dtype=int)
     kept = clusters >= 0
     np.add.at(counts, (clusters[kept], number[kept]), 1)
-    order = np.argsort(-counts.sum(axis=0), kind="stable")
-    largest, rest = order[:11], order[11:]
-    names = [short(str(everything[i])) for i in largest]
-    counts_shown = counts[:, largest]
-    if len(rest):
-        names.append(f"{len(rest)} others")
-        counts_shown = np.column_stack([counts_shown, counts[:, rest].sum(axis=1)])
-    return names, counts_shown
+    return names, counts
 
 
 def spectrum(record: RunRecord) -> Chart | None:

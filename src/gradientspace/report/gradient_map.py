@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from gradientspace.plain_text import one_line
 from gradientspace.report.charts import Chart, colour_of, draw
-from gradientspace.report.figures import short, source_counts
+from gradientspace.report.figures import short, source_groups
 from gradientspace.report.record import RunRecord
 from gradientspace.rows import response_of
 
@@ -94,13 +95,13 @@ def static_chart(record: RunRecord, found: GradientMap) -> Chart:
     rows = [[int(r), float(x), float(y), int(k)]
             for r, (x, y), k in zip(found.rows, found.points, clusters, strict=True)]  # fmt: skip
     return draw(
-        "gradient-map", "Gradient map", f"{len(found.rows)} of {found.total} samples in the plane in which the means "
-        f"of the {record.n_clusters} clusters differ most, coloured by cluster.",
+        "gradient-map", "Gradient map", f"{len(found.rows):,} of {found.total:,} samples in the plane in which "
+        f"the means of the {record.n_clusters} clusters differ most, coloured by cluster.",
         ["row of fit", "x", "y", "cluster"], rows, paint, height=2.7,
     )  # fmt: skip
 
 
-def packed(record: RunRecord, found: GradientMap) -> dict[str, Any]:
+def packed(record: RunRecord, found: GradientMap, titles: Sequence[str]) -> dict[str, Any]:
     """What the page's script draws: coordinates as 16-bit numbers in base64, names, and a line of every sample."""
     low, high = found.points.min(axis=0), found.points.max(axis=0)
     unit = (found.points - low) / np.where(high > low, high - low, 1)
@@ -109,12 +110,12 @@ def packed(record: RunRecord, found: GradientMap) -> dict[str, Any]:
         "y": _base64(unit[:, 1] * _LEVELS),
         "cluster": _base64(record.clusters[found.rows]),
         "colours": [colour_of(k) for k in range(record.n_clusters)],
-        "clusters": [str(k) for k in range(record.n_clusters)],
+        "clusters": [f"{k} · {short(text)}" if text else f"{k}" for k, text in enumerate(titles)],
     }
     if record.sources is not None and len(set(record.sources)) > 1:
-        names, numbers = _numbered(record, found.rows)
+        names, numbers = source_groups(record.sources)
         colours = [colour_of(j) for j in range(len(names))]
-        result |= {"source": _base64(numbers), "sources": names, "sourceColours": colours}
+        result |= {"source": _base64(numbers[found.rows]), "sources": names, "sourceColours": colours}
     if record.has_column("loss"):
         loss = record.column("loss")[found.rows]
         ends = np.nanquantile(loss, [0.02, 0.98])
@@ -125,14 +126,6 @@ def packed(record: RunRecord, found: GradientMap) -> dict[str, Any]:
         result["prompts"] = [one_line(t or "", _PROMPT) for t in texts["prompt"].to_pylist()]
         result["responses"] = [one_line(response_of(m), _RESPONSE) for m in texts["messages"].to_pylist()]
     return result
-
-
-def _numbered(record: RunRecord, rows: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """Names of the sources, in the order and number of the other figures, and the one of each row."""
-    assert record.sources is not None
-    names, _ = source_counts(record.sources, record.clusters, record.n_clusters)
-    number = {name: j for j, name in enumerate(names)}
-    return names, np.array([number.get(short(record.sources[i] or "no source"), len(names) - 1) for i in rows])
 
 
 def _base64(values: np.ndarray) -> str:

@@ -45,7 +45,7 @@ def render(record: RunRecord) -> tuple[str, list[Chart]]:
     found = gradient_map(record)
     if found is not None:
         drawn["gradient-map"] = static_chart(record, found)
-        data = packed(record, found)
+        data = packed(record, found, [c.title for c in values["clusters"]])
         assert record.assignments is not None
         directions = len(record.assignments["coordinates"][0])
         values |= {"map_data": data, "map_json": _json_for_html(data), "directions": directions}

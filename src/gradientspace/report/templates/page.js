@@ -49,7 +49,7 @@ function gradientMap(root, data) {
   const values = { cluster: unpack(data.cluster) };
   if (data.source) values.source = unpack(data.source);
   if (data.loss) values.loss = unpack(data.loss);
-  const names = { cluster: data.clusters.map((k) => `cluster ${k}`), source: data.sources };
+  const names = { cluster: data.clusters, source: data.sources };
   const colours = { cluster: data.colours, source: data.sourceColours };
   let by = "cluster", only = null, current = -1, width = 0, height = 0;
 
@@ -88,7 +88,7 @@ function gradientMap(root, data) {
   }
 
   function describe(i) {
-    const parts = [names.cluster[values.cluster[i]]];
+    const parts = [`cluster ${names.cluster[values.cluster[i]]}`];
     if (values.source) parts.push(names.source[values.source[i]]);
     if (values.loss) {
       const [low, high] = data.lossEnds;
