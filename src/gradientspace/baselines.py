@@ -23,6 +23,7 @@ def train_single(job: Job) -> Path:
         epochs=job.expert_epochs,
         start=job.expert_start,
         inputs=job.start_stages,
+        served=True,
     )
 
 

@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run the whole method on a config; resumes", add_help=False)
     run.add_argument("config", nargs="?")
     run.add_argument("-h", "--help", action="store_true")
+    run.add_argument("--dry-run", action="store_true")
     run.set_defaults(handler=_run, takes_overrides=True)
 
     data = commands.add_parser("data", help="show what becomes of every row, before any model is loaded")
@@ -104,6 +105,18 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--json", type=Path, help="also write the table as JSON")
     compare.set_defaults(handler=_compare)
 
+    export = commands.add_parser("export", help="a folder that an inference engine serves the experts from")
+    export.add_argument("run")
+    export.add_argument("--engine", required=True, choices=("vllm", "sglang", "ollama", "litellm"))
+    export.add_argument("--output", type=Path, help="where to; default: export/ENGINE in the run folder")
+    export.set_defaults(handler=_export)
+
+    push = commands.add_parser("push", help="upload experts, router, cards and results to a model hub")
+    push.add_argument("run")
+    push.add_argument("repo_id", help="ORG/NAME")
+    push.add_argument("--private", action="store_true", help="only you may see it")
+    push.set_defaults(handler=_push)
+
     demo = commands.add_parser("demo", help="the whole method on generated data, offline, in minutes")
     demo.add_argument("--control", choices=CONTROLS, default="none")
     demo.add_argument("--output-dir", default="runs")
@@ -122,6 +135,11 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> None:
         return
     if options.config is None:
         raise ConfigError("no config given: gradientspace run CONFIG.yaml [--section.option value ...]")
+    if options.dry_run:
+        from gradientspace.preflight import estimate, table
+
+        print(table(estimate(load_config(options.config, overrides))))
+        return
     from gradientspace.pipeline import run
 
     _print_summary(run(load_config(options.config, overrides)).path)
@@ -131,7 +149,11 @@ def _print_run_help() -> None:
     """Every option with its help; tyro renders the config's own docstrings."""
     import tyro
 
-    print("usage: gradientspace run CONFIG.yaml [--section.option value ...]\n\nCONFIG.yaml holds the options below.")
+    print(
+        "usage: gradientspace run CONFIG.yaml [--dry-run] [--section.option value ...]\n\n"
+        "--dry-run prints what each stage will take of time, memory and disk, and stops.\n\n"
+        "CONFIG.yaml holds the options below."
+    )
     try:
         tyro.cli(
             GradientSpaceConfig, default=GradientSpaceConfig(), args=["--help"], config=(tyro.conf.FlagConversionOff,)
@@ -226,6 +248,22 @@ def _compare(options: argparse.Namespace, _: list[str]) -> None:
     print(render(*comparison_rows(table)))
     if options.json:
         write_json(options.json, table)
+
+
+def _export(options: argparse.Namespace, _: list[str]) -> None:
+    from gradientspace.export import export
+    from gradientspace.run_folder import Run
+
+    folder = export(Run.open(options.run), options.engine, options.output)
+    print(f"{folder}\n" + "\n".join(f"  {p.relative_to(folder)}" for p in sorted(folder.rglob("*")) if p.is_file()))
+    print(f"\nnext: read {folder}/README.md")
+
+
+def _push(options: argparse.Namespace, _: list[str]) -> None:
+    from gradientspace.cards import push_to_hub
+    from gradientspace.run_folder import Run
+
+    print(push_to_hub(Run.open(options.run), options.repo_id, private=options.private))
 
 
 def _demo(options: argparse.Namespace, _: list[str]) -> None:

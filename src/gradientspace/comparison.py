@@ -18,6 +18,7 @@ from gradientspace.grouping import Groups, held_out
 from gradientspace.inference import BASE, Experts, expert_folders
 from gradientspace.job import Job
 from gradientspace.models import padding_id
+from gradientspace.progress import say
 from gradientspace.router import Router
 from gradientspace.run_folder import Run, write_json
 
@@ -87,6 +88,7 @@ def evaluate(job: Job, folder: Path) -> None:
         "variance": groups.facts.get("variance", {}),
     }
     results["verdict"] = verdict(results)
+    say(equal_budgets(results["methods"]))
     write_json(folder / "results.json", results)
     write_samples(folder / "samples.parquet", job, clusters, probabilities, outcomes)
 
@@ -138,6 +140,16 @@ def method_cost(job: Job, name: str) -> dict[str, Any]:
     if name == "oracle":
         cost["passes_per_token"] = len(expert_folders(job.run.path / prefix))
     return cost
+
+
+def equal_budgets(costs: dict[str, dict[str, Any]]) -> str:
+    """One line that says whether the trained methods saw the same tokens: `costs` are those of `method_cost`."""
+    trained = {name: cost for name, cost in costs.items() if cost["tokens"] and name != "oracle"}
+    tokens = [cost["tokens"] for cost in trained.values()]
+    difference = 100 * (max(tokens) / min(tokens) - 1)
+    arms = "; ".join(f"{name} {cost['steps']:,} steps, {cost['tokens']:,} tokens" for name, cost in trained.items())
+    verdict = "the same tokens" if difference <= 1 else "NOT the same tokens: compare with care"
+    return f"  {verdict} for every trained method (largest difference {difference:.2f} %): {arms}"
 
 
 def comparisons(methods: Sequence[str]) -> list[tuple[str, str]]:

@@ -19,6 +19,8 @@ from gradientspace.errors import ConfigError
 from gradientspace.strict import build, override
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+SERVED_RANKS = (8, 16, 32, 64)
+"""LoRA ranks that every engine we export to serves; an export pads others to the next one."""
 
 
 @dataclass
@@ -35,6 +37,12 @@ class ModelConfig:
     """Where the model runs; `auto` takes an accelerator when there is one."""
     trust_remote_code: bool = False
     """Run Python code that a hub model brings along. Off unless you know the author."""
+    load_in_4bit: bool = False
+    """Hold the base's weights in 4 bits (NF4 of bitsandbytes); needs a CUDA device."""
+    load_in_8bit: bool = False
+    """Hold the base's weights in 8 bits (LLM.int8 of bitsandbytes); needs a CUDA device."""
+    hub_id: str | None = None
+    """Public id of the model where `model_name_or_path` is a local copy; the adapters record it as their base."""
 
 
 @dataclass
@@ -84,7 +92,7 @@ class DataConfig:
 @dataclass
 class LoraConfig:
     lora_r: int = 8
-    """Rank of every adapter; vLLM serves 8, 16, 32 and 64."""
+    """Rank of every adapter; engines serve 8, 16, 32 and 64 as they are."""
     lora_alpha: int = 16
     """Scale of the update is lora_alpha / lora_r."""
     lora_dropout: float = 0.0
@@ -117,6 +125,13 @@ class TrainingConfig:
     """Recompute activations in the backward pass: slower, less memory."""
     report_to: str = "none"
     """Tracker of transformers' Trainer: none, tensorboard, wandb, mlflow, trackio."""
+    checkpoint_seconds: float = 120.0
+    """A training that is killed goes on from a checkpoint at most this old, and some steps; 0: as often as possible."""
+    early_stopping_patience: int | None = None
+    """Stop a phase after this many evaluations on dev_a without a better one, and keep the best; then the compared
+    methods no longer see equal tokens. Default: never."""
+    eval_steps: float = 0.1
+    """With early stopping: steps between two evaluations; below one, a share of the phase's steps."""
 
 
 @dataclass
@@ -199,6 +214,12 @@ class EvaluationConfig:
 
 
 @dataclass
+class ExportConfig:
+    engine: Literal["none", "vllm", "sglang", "ollama", "litellm"] = "none"
+    """An engine that shall serve the experts: what it cannot serve is refused before anything is trained."""
+
+
+@dataclass
 class GradientSpaceConfig:
     name: str | None = None
     """Name of the run; default: the config file's stem."""
@@ -216,6 +237,7 @@ class GradientSpaceConfig:
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
 
     @property
     def run_folder(self) -> Path:
@@ -251,6 +273,13 @@ class GradientSpaceConfig:
             value = getattr(getattr(self, section), option)
             if isinstance(value, int | float) and not low <= value <= high:
                 raise ConfigError(f"{key} is {value}; it must be between {low:g} and {high:g}")
+        if self.model.load_in_4bit and self.model.load_in_8bit:
+            raise ConfigError("model.load_in_4bit and model.load_in_8bit are both on: choose one")
+        if self.export.engine != "none" and self.lora.lora_r > SERVED_RANKS[-1]:
+            raise ConfigError(
+                f"lora.lora_r is {self.lora.lora_r}, which {self.export.engine} cannot serve: use at most "
+                f"{SERVED_RANKS[-1]}, or set export.engine to none"
+            )
         if self.clustering.k_min > self.clustering.k_max:
             raise ConfigError(
                 f"clustering.k_min is {self.clustering.k_min}, above clustering.k_max ({self.clustering.k_max})"
@@ -286,6 +315,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "training.per_device_train_batch_size": (1, 65536),
     "training.gradient_accumulation_steps": (1, 65536),
     "training.warmup_ratio": (0, 1),
+    "training.checkpoint_seconds": (0, 1_000_000),
+    "training.early_stopping_patience": (1, 100_000),
+    "training.eval_steps": (0.0001, 1_000_000),
     "warmup.num_train_epochs": (0.001, 10_000),
     "gradients.max_tokens_per_batch": (8, 10_000_000),
     "clustering.n_clusters": (1, 4096),

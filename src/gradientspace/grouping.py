@@ -131,7 +131,7 @@ def gradient_groups(
     """Cluster `data.fit` by full-dimension LoRA gradients of `model`'s adapter; writes the clustering folder."""
     options = config.clustering
     with PerSampleGradients(model) as engine:
-        clusterer = _new_clusterer(options, config.seed)
+        clusterer = new_clusterer(options, config.seed)
         say(clusterer.plan_memory(engine.dim).table())
         validation = _validation_gradients(engine, data.validation, config)
         write_gram(folder / GRAM_FILE, [s.id for s in data.validation], unit_gram(validation))
@@ -164,7 +164,7 @@ def gradient_groups(
     return Groups(fit.cluster, judged.cluster, clusterer.n_clusters_, facts)
 
 
-def _new_clusterer(options: ClusteringConfig, seed: int) -> OnlineSVDClusterer:
+def new_clusterer(options: ClusteringConfig, seed: int) -> OnlineSVDClusterer:
     return OnlineSVDClusterer(
         n_clusters=options.n_clusters,
         random_state=seed,

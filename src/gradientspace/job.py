@@ -11,13 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradientspace.config import GradientSpaceConfig
+from gradientspace.config import ClusteringConfig, GradientSpaceConfig
 from gradientspace.data import Dataset, Sample, Template, load
 from gradientspace.encoder import Encoder
-from gradientspace.errors import RunFolderError
+from gradientspace.errors import ConfigError, RunFolderError
 from gradientspace.grouping import Groups
-from gradientspace.models import load_base, load_tokenizer, lora, padding_id, save_adapter
-from gradientspace.run_folder import Run, write_json
+from gradientspace.models import load_base, load_tokenizer, lora, padding_id, save_adapter, save_tokenizer
+from gradientspace.run_folder import CHECKPOINTS, Run, digest, write_json
 from gradientspace.training import train_adapter
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class Job:
     def data(self) -> Dataset:
         """The splits; refused where they are not the ones that finished stages were made from."""
         data = load(self.config.data, self.tokenizer, self.config.seed)
+        check_n_clusters(self.config.clustering, data)
         recorded = self.run.path / "data/fingerprint.json"
         if self.run.has("data") and recorded.is_file():
             before, now = json.loads(recorded.read_text()), data.fingerprint()
@@ -78,8 +79,14 @@ class Job:
         start: Path | None,
         inputs: tuple[str, ...],
         learning_rate: float | None = None,
+        held_out: Callable[[], Sequence[Sample]] | None = None,
+        served: bool = False,
     ) -> Path:
-        """Stage: one adapter trained on `samples()` from the adapter in `start`. Returns its folder."""
+        """Stage: one adapter trained on `samples()` from the adapter in `start`. Returns its folder.
+
+        `held_out()` serves early stopping; default: `dev_a`. A killed training goes on from its last checkpoint.
+        An adapter that is to be `served` gets tokenizer and chat template beside it.
+        """
 
         def make(folder: Path) -> None:
             with lora(self.base, self.config.lora, start=start, seed=self.config.seed) as model:
@@ -92,14 +99,20 @@ class Job:
                     pad_token_id=padding_id(self.tokenizer),
                     label=name,
                     learning_rate=learning_rate,
+                    held_out=held_out() if held_out else self.data.dev_a,
+                    checkpoints=folder / CHECKPOINTS,
+                    made_from=digest(self.run.fingerprint(inputs)),
                 )
-                save_adapter(model, folder)
+                save_adapter(model, folder, self.config.model)
+            if served:
+                save_tokenizer(self.tokenizer, folder, self.template.jinja)
             write_json(folder / "training.json", summary.to_dict())
 
-        return self.run.stage(name, make, inputs=inputs)
+        return self.run.stage(name, make, inputs=inputs, resumable=True)
 
     def train_experts(self, prefix: str, groups: Groups, *, inputs: tuple[str, ...]) -> list[Path]:
         """Stages `prefix/0`, `prefix/1`, …: one expert a group, all from the same start, for the rest of the budget."""
+        dev_clusters = groups.held_out[: len(self.data.dev_a)]
         return [
             self.train(
                 f"{prefix}/{k}",
@@ -107,6 +120,8 @@ class Job:
                 epochs=self.expert_epochs,
                 start=self.expert_start,
                 inputs=(*inputs, *self.start_stages),
+                held_out=lambda k=k: [s for s, c in zip(self.data.dev_a, dev_clusters, strict=True) if c == k],
+                served=prefix == "experts",
             )
             for k in range(groups.n_clusters)
         ]
@@ -140,6 +155,18 @@ class Job:
             "parameters": sum(_adapter_numbers(f) for f in folders),
             "passes_per_token": 1,
         }
+
+
+def check_n_clusters(options: ClusteringConfig, data: Dataset) -> None:
+    """Refuse more clusters than there is data for, before anything is trained. Raises `ConfigError`."""
+    key = "k_min" if options.n_clusters == "auto" else "n_clusters"
+    wanted = getattr(options, key)
+    gradient = options.method == "gradient"
+    rows, what = (
+        (data.validation, "validation gradients (data.n_validation)") if gradient else (data.fit, "rows to fit")
+    )
+    if wanted > len(rows):
+        raise ConfigError(f"clustering.{key} is {wanted}, but there are {len(rows)} {what}: ask for fewer clusters")
 
 
 def _adapter_numbers(folder: Path) -> int:

@@ -6,7 +6,10 @@ transformers and peft take seconds to import, so they are imported inside the fu
 from __future__ import annotations
 
 import contextlib
+import copy
+import importlib.util
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_HUB_CACHE = re.compile(r"models--(?P<org>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]+)/?$")
 
 
 def pick_device(name: str) -> torch.device:
@@ -57,6 +61,7 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
     folder = Path(config.model_name_or_path)
     if folder.is_dir() and not any(p for pattern in _WEIGHTS for p in folder.glob(pattern)):
         raise ModelError(f"{folder} has no weights (*.safetensors): give a complete model folder or a hub id")
+    device = pick_device(config.device)
     with no_loading_bar():
         model = _from_hub_or_folder(
             AutoModelForCausalLM,
@@ -65,8 +70,51 @@ def load_base(config: ModelConfig) -> PreTrainedModel:
             dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
             attn_implementation=config.attn_implementation,
             use_safetensors=True,
+            **_quantised(config, device),
         )
-    return model.requires_grad_(False).eval().to(pick_device(config.device))
+    model = model.requires_grad_(False).eval()
+    # A quantised model is placed while it is loaded, and must not be moved.
+    return model if config.load_in_4bit or config.load_in_8bit else model.to(device)
+
+
+def _quantised(config: ModelConfig, device: torch.device) -> dict[str, Any]:
+    """Options of `from_pretrained` for a bitsandbytes base. Raises `ModelError` where it cannot run."""
+    if not (config.load_in_4bit or config.load_in_8bit):
+        return {}
+    option = "model.load_in_4bit" if config.load_in_4bit else "model.load_in_8bit"
+    if device.type != "cuda":
+        raise ModelError(f"{option} needs a CUDA device, and the model is to run on {device.type}: switch it off")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(f"{option} needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    # NF4 with double quantisation and bfloat16 matmuls: QLoRA (arXiv 2305.14314).
+    options = BitsAndBytesConfig(
+        load_in_4bit=config.load_in_4bit,
+        load_in_8bit=config.load_in_8bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": options, "device_map": {"": device.index or 0}}
+
+
+def base_config(config: ModelConfig) -> Any:
+    """The base's configuration, without its weights."""
+    from transformers import AutoConfig
+
+    return _from_hub_or_folder(AutoConfig, "configuration", config)
+
+
+def public_id(config: ModelConfig) -> tuple[str, str | None] | None:
+    """Hub id and revision under which others find the base, `None` where it is only a folder here."""
+    name = config.model_name_or_path
+    if config.hub_id:
+        return config.hub_id, config.revision
+    if not Path(name).expanduser().is_dir():
+        return name, config.revision
+    cached = _HUB_CACHE.search(str(Path(name).expanduser().absolute()))
+    return (f"{cached['org']}/{cached['name']}", cached["revision"]) if cached else None
 
 
 def _from_hub_or_folder(loader: Any, what: str, config: ModelConfig, **options: Any) -> Any:
@@ -134,20 +182,29 @@ def _load_weights(model: PeftModel, folder: Path) -> None:
         raise ModelError(f"adapter {folder} does not fit the model: unexpected {result.unexpected_keys[0]}")
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """An ordinary PEFT adapter folder: adapter_config.json and adapter_model.safetensors."""
+def save_adapter(model: PeftModel, folder: Path, base: ModelConfig | None = None) -> None:
+    """An ordinary PEFT adapter folder: adapter_config.json and adapter_model.safetensors.
+
+    Where `base` has a public id, the adapter names that as its base instead of a path on this machine.
+    """
     model.save_pretrained(str(folder), safe_serialization=True)
     # PEFT's model card is an unfilled form; ours come from the run's own numbers.
     (folder / "README.md").unlink(missing_ok=True)
-    _sort_target_modules(folder / "adapter_config.json")
-
-
-def _sort_target_modules(path: Path) -> None:
-    """PEFT writes a Python set in hash order, which differs from process to process."""
+    path = folder / "adapter_config.json"
     values = json.loads(path.read_text())
     if isinstance(values.get("target_modules"), list):
-        values["target_modules"].sort()
+        values["target_modules"].sort()  # PEFT writes a set in hash order, which differs from process to process
+    public = public_id(base) if base else None
+    if public:
+        values["base_model_name_or_path"], values["revision"] = public
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, chat_template: str) -> None:
+    """The tokenizer with the template that the training used, so that other programs render prompts alike."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(str(folder))
 
 
 def load_adapters(base: PreTrainedModel, folders: dict[str, Path]) -> PeftModel:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from gradientspace import comparison
 from gradientspace.baselines import make_baseline_groups, train_baseline, train_single
+from gradientspace.cards import write_cards
 from gradientspace.config import GradientSpaceConfig
+from gradientspace.export import check_before_training
 from gradientspace.grouping import Groups, gradient_groups
 from gradientspace.job import Job
 from gradientspace.models import lora
@@ -32,6 +34,7 @@ def run(config: GradientSpaceConfig, until: str = "report") -> Run:
 
 def read_data(job: Job) -> None:
     """Rows -> tokenised samples with stable ids, every row accounted for."""
+    check_before_training(job.config.export.engine, job.config.model, job.config.lora.target_modules)
 
     def make(folder: Path) -> None:
         write_json(folder / "accounting.json", job.data.accounting)
@@ -69,7 +72,7 @@ def train_experts(job: Job) -> None:
     if job.config.experts.start == "shared":
         job.train(
             "shared", lambda: job.data.fit, epochs=job.shared_epochs, start=job.run.path / "warmup",
-            inputs=("warmup",),
+            inputs=("warmup",), served=True,
         )  # fmt: skip
     job.train_experts("experts", Groups.read(job.run.path / "clustering"), inputs=("clustering",))
 
@@ -109,8 +112,9 @@ def evaluate(job: Job) -> None:
 
 
 def report(job: Job) -> None:
-    """One page that says what came out."""
+    """One page that says what came out, and a card beside every expert and the router."""
     write_report(job.run)
+    write_cards(job.run)
 
 
 STEPS: dict[str, Callable[[Job], None]] = {

@@ -27,6 +27,8 @@ from gradientspace.progress import PeakMemory, say
 from gradientspace.strict import differences
 
 VOLATILE = ("stages.json", ".lock")
+CHECKPOINTS = "checkpoints"
+"""Folder in a resumable stage's partial one in which an interrupted attempt leaves what the next goes on from."""
 SCHEMA = 1
 
 
@@ -71,23 +73,27 @@ class Run:
 
     # ------------------------------------------------------------------ stages
 
-    def stage(self, name: str, make: Callable[[Path], Any], *, inputs: tuple[str, ...] = ()) -> Path:
+    def stage(
+        self, name: str, make: Callable[[Path], Any], *, inputs: tuple[str, ...] = (), resumable: bool = False
+    ) -> Path:
         """Make the stage `name` (a folder below the run) with `make(partial_folder)`, unless it is there already.
 
         A recorded stage is used only if its inputs are the ones it was made from and its files still have their
         recorded hashes; a damaged one is named and made again. Returns the stage's folder.
+
+        With `resumable`, `make` finds the folder `CHECKPOINTS` of an attempt that did not end; it decides whether that
+        fits, and removes it.
         """
         target = self.path / name
-        fingerprint = self._fingerprint(inputs)
+        fingerprint = self.fingerprint(inputs)
         if self._is_usable(name, fingerprint):
             return target
         partial = target.with_name(target.name + ".partial")
         with _explain_os_errors(self.path):
             try:
-                for stale in (partial, target):
-                    if stale.exists():
-                        shutil.rmtree(stale)
-                partial.mkdir(parents=True)
+                _clear(target)
+                _clear(partial, keep=CHECKPOINTS if resumable else None)
+                partial.mkdir(parents=True, exist_ok=True)
                 start, memory = time.perf_counter(), PeakMemory()
                 say(f"{name} ...")
                 with memory:
@@ -95,7 +101,7 @@ class Run:
                 _sync(partial)
                 partial.rename(target)
             except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
+                _clear(partial, keep=CHECKPOINTS if resumable else None)
                 raise
             seconds = time.perf_counter() - start
             self._record(name, {"inputs": fingerprint, "files": _hashes(target)})
@@ -138,7 +144,8 @@ class Run:
             say(f"{name}: {damaged[0]} is missing or damaged (its hash differs); made again")
         return not damaged
 
-    def _fingerprint(self, inputs: tuple[str, ...]) -> dict[str, str]:
+    def fingerprint(self, inputs: tuple[str, ...]) -> dict[str, str]:
+        """Hash of each finished stage in `inputs`. Raises `RunFolderError` where one is missing."""
         stages = self.manifest()["stages"]
         missing = [i for i in inputs if i not in stages]
         if missing:
@@ -218,6 +225,16 @@ def _sha256(path: Path) -> str | None:
         return None
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _clear(folder: Path, keep: str | None = None) -> None:
+    """Remove `folder`, but for its sub-folder `keep` where it has one."""
+    if keep is None or not (folder / keep).is_dir():
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for path in folder.iterdir():
+        if path.name != keep:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _sync(folder: Path) -> None:

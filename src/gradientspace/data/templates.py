@@ -24,6 +24,7 @@ Three things hold for every sample, by construction or by a check:
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -92,6 +93,23 @@ class Template:
             "stop_tokens": self.tokenizer.convert_ids_to_tokens(self.stop_ids),
             "folds_system": self.folds_system,
         }
+
+    @property
+    def jinja(self) -> str:
+        """A chat template for other programs, which renders the prompts that the training saw.
+
+        The tokenizer's own, or the plain one in Jinja; the configured system prompt, and the folding of a system
+        message into the first user turn, are put in front.
+        """
+        text = ""
+        if self.system_prompt:
+            turn = f"[{{'role': 'system', 'content': {json.dumps(self.system_prompt)}}}]"
+            text += f"{{% if messages[0]['role'] != 'system' %}}{{% set messages = {turn} + messages %}}{{% endif %}}"
+        if self.kind == "plain":
+            return text + _plain_jinja(self.tokenizer.decode(self._front), self.tokenizer.eos_token)
+        if self.folds_system:
+            text += _FOLD_JINJA
+        return text + self.tokenizer.get_chat_template()
 
     @property
     def stop_ids(self) -> list[int]:
@@ -265,6 +283,29 @@ class Template:
         except Exception as error:  # a template is a program by its author: it may raise anything
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise DataError(f"{where}: the chat template refuses these turns: {reason}") from error
+
+
+_FOLD_JINJA = (
+    "{% if messages[0]['role'] == 'system' %}{% set messages = [{'role': 'user', 'content': "
+    "messages[0]['content'] + '\\n\\n' + messages[1]['content']}] + messages[2:] %}{% endif %}"
+)
+
+
+def _plain_jinja(front: str, eos: str) -> str:
+    """The plain template in Jinja. Constants are expressions: a line break after a tag would be trimmed."""
+
+    def filled(form: str) -> str:
+        before, after = form.split("{content}")
+        return f"{json.dumps(before)} + message['content'] + {json.dumps(after)}"
+
+    return (
+        f"{{{{ {json.dumps(front)} }}}}{{% for message in messages %}}"
+        f"{{% if message['role'] == 'system' %}}{{{{ {filled(PLAIN_SYSTEM)} }}}}"
+        f"{{% elif message['role'] == 'user' %}}{{{{ {filled(PLAIN_USER)} }}}}"
+        f"{{% else %}}{{{{ {json.dumps(PLAIN_ASSISTANT)} + message['content'] + {json.dumps(eos)} }}}}"
+        f"{{% if not loop.last %}}{{{{ {json.dumps(PLAIN_BETWEEN)} }}}}{{% endif %}}{{% endif %}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {json.dumps(PLAIN_ASSISTANT)} }}}}{{% endif %}}"
+    )
 
 
 def _user(content: str) -> dict[str, str]:
