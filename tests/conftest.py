@@ -13,7 +13,7 @@ import torch
 # No test reaches a network; a missing file must be an error, never a download.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 WORDS = (
     "red", "green", "blue", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",

@@ -114,9 +114,45 @@ def test_a_model_folder_without_weights(config, micro_model: Path, tmp_path: Pat
 
 
 def test_more_clusters_than_data(config, tmp_path: Path, capsys) -> None:
-    line = fails(capsys, "run", config(clustering={"n_clusters": 3000}))
-    assert "3000" in line
-    assert not (tmp_path / "runs/micro/clustering").exists()
+    """Refused before anything is trained, and by a dry run too."""
+    path = config(clustering={"n_clusters": 3000})
+    for words in (["run", path], ["run", path, "--dry-run"]):
+        assert "clustering.n_clusters is 3000, but there are 32 validation gradients" in fails(capsys, *words)
+    path = config(clustering={"n_clusters": 3000, "method": "random"})
+    assert "3000, but there are 216 rows to fit" in fails(capsys, "run", path, "--name", "random")
+    assert not list((tmp_path / "runs").rglob("warmup*"))
+
+
+def test_what_cannot_run_is_said_before_anything_is_trained(config, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "report_to is wandb, which is not installed" in fails(capsys, "run", config(training={"report_to": "wandb"}))
+    monkeypatch.undo()
+    line = fails(capsys, "run", config(model={"load_in_4bit": True, "device": "cpu"}))
+    assert "model.load_in_4bit needs a CUDA device" in line
+    both = config(model={"load_in_4bit": True, "load_in_8bit": True})
+    assert "both on: choose one" in fails(capsys, "run", both, "--name", "both")
+    wide = config(lora={"lora_r": 100}, export={"engine": "vllm"})
+    assert "lora_r is 100, which vllm cannot serve" in fails(capsys, "run", wide, "--name", "wide")
+    assert not list((tmp_path / "runs").rglob("adapter*"))
+
+
+@pytest.mark.e2e
+def test_a_dry_run_prints_every_stage_and_leaves_nothing(config, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("gradientspace.preflight.PROBE_SECONDS", 0.2)
+    assert main(["run", config(), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:2] == ["stage", "time"]
+    assert lines[-1].startswith("all")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.e2e
+def test_export_prints_its_files(finished_run: Run, tmp_path: Path, capsys) -> None:
+    output = str(tmp_path / "out")
+    assert main(["export", str(finished_run.path), "--engine", "vllm", "--output", output]) == 0
+    assert "adapters/expert_0/adapter_model.safetensors" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    assert "is not a run folder" in fails(capsys, "export", str(tmp_path / "empty"), "--engine", "vllm")
 
 
 @pytest.mark.e2e

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_fixtures import CHATML, alpaca_rows, byte_tokenizer, config_of, word_tokenizer, write_jsonl
+from data_fixtures import CHATML, alpaca_rows, byte_tokenizer, config_of, ids_of, word_tokenizer, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -323,3 +323,39 @@ def test_real_mix_is_read_whole():
     assert data.accounting["totals"]["test"]["rows"] == 943
     assert data.accounting["leaks"]["exact_prompts"] == 0
     assert {sample.domain for sample in data.test} == {"math", "code", "finance", "creative"}
+
+
+def _another(value, i: int):
+    """The same row with other words: `i` behind every text but the names of roles."""
+    if isinstance(value, dict):
+        return {key: v if key in ("role", "from") else _another(v, i) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_another(v, i) for v in value]
+    return f"{value} {i}" if isinstance(value, str) and value else value
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+@pytest.mark.parametrize("chat", [None, CHATML], ids=["plain", "chat"])
+def test_every_shape_in_every_file_gives_the_tokens_and_mask_written_by_hand(tmp_path, suffix, chat):
+    """The expectations of the template tests, through a file, detection, splits and all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from test_data_templates import CHAT_CASES, PLAIN_CASES, masked
+
+    for name, (row, tokens, mask) in (CHAT_CASES if chat else PLAIN_CASES).items():
+        rows = [row, *(_another(row, i) for i in range(12))]
+        path = tmp_path / f"{name}{suffix}"
+        if suffix == ".csv":
+            if any(not isinstance(value, str | int) for value in row.values()):
+                continue  # a csv file has no lists
+            lines = [",".join(row), *(",".join(f'"{value}"' for value in r.values()) for r in rows)]
+            path.write_text("\n".join(lines))
+        elif suffix == ".parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        else:
+            path.write_text(json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows)))
+        data = load(config_of(path), word_tokenizer(chat), 0)
+        first = next(s for part in PARTS for s in getattr(data, part) if s.row == 1)
+        assert first.input_ids == ids_of(tokens), name
+        assert first.labels == masked(ids_of(tokens), mask), name
+        assert data.accounting["totals"]["train"]["kept"] == 13

@@ -8,6 +8,7 @@ the nearest known name, a value of another type with the type that fits. This mo
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,6 +84,8 @@ class DataConfig:
     """What happens to a longer sample."""
     max_loss_fraction: float = 0.5
     """The run stops when more than this share of the rows is lost."""
+    streaming: bool = False
+    """Keep texts and tokens in a file instead of memory, for data larger than that; somewhat slower."""
     template: Literal["auto", "chat", "plain"] = "auto"
     """`chat`: the tokenizer's template; `plain`: an instruction template; `auto`: chat where there is one."""
     system_prompt: str | None = None
@@ -123,8 +126,8 @@ class TrainingConfig:
     """Mixed precision: matmuls in bfloat16."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: slower, less memory."""
-    report_to: str = "none"
-    """Tracker of transformers' Trainer: none, tensorboard, wandb, mlflow, trackio."""
+    report_to: Literal["none", "tensorboard", "wandb", "mlflow", "trackio"] = "none"
+    """Tracker that gets loss and learning rate of every phase; its package must be installed."""
     checkpoint_seconds: float = 120.0
     """A training that is killed goes on from a checkpoint at most this old, and some steps; 0: as often as possible."""
     early_stopping_patience: int | None = None
@@ -273,6 +276,9 @@ class GradientSpaceConfig:
             value = getattr(getattr(self, section), option)
             if isinstance(value, int | float) and not low <= value <= high:
                 raise ConfigError(f"{key} is {value}; it must be between {low:g} and {high:g}")
+        tracker = self.training.report_to
+        if tracker != "none" and importlib.util.find_spec(tracker) is None:
+            raise ConfigError(f"training.report_to is {tracker}, which is not installed: pip install {tracker}")
         if self.model.load_in_4bit and self.model.load_in_8bit:
             raise ConfigError("model.load_in_4bit and model.load_in_8bit are both on: choose one")
         if self.export.engine != "none" and self.lora.lora_r > SERVED_RANKS[-1]:

@@ -23,7 +23,7 @@ from gradientspace.clustering.settle import coordinate_stability, moved_share, s
 from gradientspace.config import ClusteringConfig, GradientSpaceConfig
 from gradientspace.conflict import FILE as GRAM_FILE
 from gradientspace.conflict import unit_gram, write_gram
-from gradientspace.data import Dataset, Sample
+from gradientspace.data import Dataset, Sample, take
 from gradientspace.encoder import Encoder
 from gradientspace.evaluation import variance_shares
 from gradientspace.gradients import GradientBatch, PerSampleGradients
@@ -52,9 +52,9 @@ class Groups:
     def sizes(self) -> list[int]:
         return np.bincount(self.fit[self.fit >= 0], minlength=self.n_clusters).tolist()
 
-    def members(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+    def members(self, samples: Sequence[Sample]) -> list[Sequence[Sample]]:
         """The samples of each cluster, in data order."""
-        return [[samples[i] for i in np.flatnonzero(self.fit == k).tolist()] for k in range(self.n_clusters)]
+        return [take(samples, np.flatnonzero(self.fit == k).tolist()) for k in range(self.n_clusters)]
 
     def write(self, folder: Path, data: Dataset) -> None:
         """`assignments.parquet`, `held_out.parquet` and `clustering.json`, where they are not there already."""

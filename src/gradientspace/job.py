@@ -66,7 +66,7 @@ class Job:
     def encoder(self) -> Encoder:
         return Encoder(self.config.router.encoder_name_or_path)
 
-    def evaluated(self) -> list[Sample]:
+    def evaluated(self) -> Sequence[Sample]:
         """The samples of the split that `evaluation.split` names."""
         return self.data.test if self.config.evaluation.split == "test" else self.data.dev_b
 
@@ -101,6 +101,7 @@ class Job:
                     learning_rate=learning_rate,
                     held_out=held_out() if held_out else self.data.dev_a,
                     checkpoints=folder / CHECKPOINTS,
+                    logs=self.run.path / "logs" / name,
                     made_from=digest(self.run.fingerprint(inputs)),
                 )
                 save_adapter(model, folder, self.config.model)

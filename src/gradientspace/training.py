@@ -81,6 +81,7 @@ def train_adapter(
     held_out: Sequence[Sample] = (),
     checkpoints: Path | None = None,
     made_from: str = "",
+    logs: Path | None = None,
     in_order: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingSummary:
@@ -93,6 +94,7 @@ def train_adapter(
     same `made_from`; the folder is removed at the end. A resumed training ends with the bits of an uninterrupted
     one on the CPU (the summary too).
 
+    `logs` is where TensorBoard's files go, with `report_to` set to it; other trackers have a place of their own.
     `in_order` takes the samples as they come, in place of shuffled batches of similar length; `callbacks` are the
     Trainer's.
     """
@@ -113,12 +115,16 @@ def train_adapter(
         "data_seed": seed,
         "run_name": label,
         "use_cpu": next(model.parameters()).device.type == "cpu",
+        "report_to": config.report_to,
         "train_sampling_strategy": "sequential" if in_order else "group_by_length",
     }
     if keep_best:
         # An absolute number, since the checkpoints of a share are compared with it and found to differ.
         steps = config.eval_steps * (optimiser_steps(len(samples), config, epochs) if config.eval_steps < 1 else 1)
         arguments |= {"eval_strategy": "steps", "eval_steps": math.ceil(steps)}
+    if config.report_to == "tensorboard" and logs:
+        arguments |= {"report_to": "none"}
+        callbacks = [*callbacks, _tensorboard(logs)]
     with _folder(checkpoints) as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")  # users can do nothing about it
         trainer = ResumableTrainer(
@@ -135,6 +141,10 @@ def train_adapter(
         trainer.remove_callback(PrinterCallback)
         resume = latest_checkpoint(folder, made_from, label) if checkpoints else None
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        if config.report_to == "wandb":
+            import wandb
+
+            wandb.finish()  # transformers leaves it open, and the next phase would go on in the same curve
     model.eval()
     return TrainingSummary(
         samples=len(samples),
@@ -175,7 +185,6 @@ def _arguments(config: TrainingConfig, **phase: Any) -> TrainingArguments:
             max_grad_norm=config.max_grad_norm,
             bf16=config.bf16,
             activation_checkpointing=config.gradient_checkpointing,
-            report_to=config.report_to,
             logging_steps=10,
             save_strategy="no",  # ResumableTrainer saves by the clock
             prediction_loss_only=True,
@@ -187,6 +196,14 @@ def _arguments(config: TrainingConfig, **phase: Any) -> TrainingArguments:
         )
     except ValueError as error:
         raise ConfigError(f"training: {str(error).splitlines()[0]}") from error
+
+
+def _tensorboard(folder: Path) -> TrainerCallback:
+    """transformers would write below its output folder, which does not outlive the training."""
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return TensorBoardCallback(SummaryWriter(str(folder)))
 
 
 def _show_progress(label: str) -> Any:

@@ -10,6 +10,7 @@ from gradientspace.data.collate import pad_batch
 from gradientspace.data.loading import load
 from gradientspace.data.reading import Row, read_rows
 from gradientspace.data.sample import IGNORE_INDEX, Dataset, Sample
+from gradientspace.data.store import take
 from gradientspace.data.templates import Template
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "pad_batch",
     "read_rows",
     "render_sample",
+    "take",
 ]

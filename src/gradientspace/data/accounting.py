@@ -14,6 +14,7 @@ totals rows = kept + the sum of the losses; truncated rows are kept.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,11 +103,14 @@ def check_losses(split: str, counts: dict[str, Any], max_loss_fraction: float, m
     )
 
 
-def token_counts(samples: list[Sample]) -> dict[str, int]:
+def token_counts(samples: Sequence[Sample]) -> dict[str, int]:
     """How many tokens a split holds, how many carry loss, and the longest sample."""
-    lengths = [len(sample.input_ids) for sample in samples]
-    supervised = sum(len(s.labels) - s.labels.count(IGNORE_INDEX) for s in samples)
-    return {"tokens": sum(lengths), "supervised": supervised, "longest": max(lengths, default=0)}
+    tokens = supervised = longest = 0
+    for sample in samples:
+        tokens += len(sample.input_ids)
+        supervised += len(sample.labels) - sample.labels.count(IGNORE_INDEX)
+        longest = max(longest, len(sample.input_ids))
+    return {"tokens": tokens, "supervised": supervised, "longest": longest}
 
 
 def accounting_table(accounting: dict[str, Any]) -> str:

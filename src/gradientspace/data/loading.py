@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from gradientspace.data.reading import open_source, skipped_files
 from gradientspace.data.sample import IGNORE_INDEX, Dataset, Sample
 from gradientspace.data.shapes import Conversation, conversation, detect_mapping
 from gradientspace.data.splits import sample_share, split_rows
+from gradientspace.data.store import SampleWriter, StoredConversations, take
 from gradientspace.data.templates import Encoded, Template
 from gradientspace.errors import ConfigError, DataError
 
@@ -35,7 +36,8 @@ _HASH_DIGITS = 16
 class _Record:
     """A usable row between reading and tokenising."""
 
-    conversation: Conversation
+    place: int
+    """Where its conversation is among all that were read."""
     id: str
     hash: str
     account: FileAccount
@@ -51,7 +53,10 @@ class _Record:
 class _Loaded:
     """All that is kept of the train or the test sources."""
 
-    samples: list[Sample]
+    ids: list[str]
+    samples: Sequence[Sample]
+    prompts: list[str]
+    """The prompt of each sample."""
     strata: list[str | None]
     """The name the config gives the source of each sample, if any."""
     accounts: list[FileAccount]
@@ -67,27 +72,27 @@ def load(config: DataConfig, tokenizer: Any, seed: int) -> Dataset:
     """
     template = Template(tokenizer, config.template, config.system_prompt)
     train = _load_side("train", config.train, config, template, seed, set())
-    taken = {sample.id for sample in train.samples}
+    taken = set(train.ids)
     test = _load_side("test", config.test, config, template, seed, taken) if config.test else None
     rows = train.samples
     split = split_rows(
-        [sample.id for sample in rows],
-        [sample.prompt for sample in rows],
+        train.ids,
+        train.prompts,
         train.strata,
         config,
         seed,
         hold_out_test=test is None,
     )
     parts = {
-        "fit": [rows[i] for i in split.fit],
-        "dev_a": [rows[i] for i in split.dev_a],
-        "dev_b": [rows[i] for i in split.dev_b],
-        "test": [rows[i] for i in split.test] if test is None else test.samples,
-        "warmup": [rows[i] for i in split.warmup],
-        "validation": [rows[i] for i in split.validation],
+        "fit": take(rows, split.fit),
+        "dev_a": take(rows, split.dev_a),
+        "dev_b": take(rows, split.dev_b),
+        "test": take(rows, split.test) if test is None else test.samples,
+        "warmup": take(rows, split.warmup),
+        "validation": take(rows, split.validation),
     }
     sides = {"train": train} | ({"test": test} if test else {})
-    trained = {sample.prompt for name in ("fit", "dev_a", "dev_b") for sample in parts[name]}
+    trained = {train.prompts[i] for part in (split.fit, split.dev_a, split.dev_b) for i in part}
     leaks = [sample.id for sample in parts["test"] if sample.prompt in trained]
     accounting = {
         "schema": 1,
@@ -109,24 +114,35 @@ def _load_side(
     side: str, sources: list[SourceConfig], config: DataConfig, template: Template, seed: int, taken: set[str]
 ) -> _Loaded:
     accounts: list[FileAccount] = []
-    records = [record for source in sources for record in _read(source, side, accounts)]
+    conversations: list[Conversation] | StoredConversations = StoredConversations() if config.streaming else []
+    records = [record for source in sources for record in _read(source, side, accounts, conversations)]
     renamed = _make_ids_unique(records, taken)
     records = _without_duplicates(records)
     records = _weighted(records, sources, seed)
-    samples, strata = [], []
+    samples: list[Sample] | SampleWriter = SampleWriter() if config.streaming else []
+    ids, prompts, strata = [], [], []
     for start in range(0, len(records), _CHUNK):
         chunk = records[start : start + _CHUNK]
-        encoded = template.encode([r.conversation for r in chunk], [r.where for r in chunk])
-        for record, pair in zip(chunk, encoded, strict=True):
+        read = [conversations[r.place] for r in chunk]
+        encoded = template.encode(read, [r.where for r in chunk])
+        for record, turns, pair in zip(chunk, read, encoded, strict=True):
             fitted = _fit_length(record, pair, config)
             if fitted is not None:
-                samples.append(_sample(record, *fitted))
+                samples.append(_sample(record, turns, *fitted))
+                ids.append(record.id)
+                prompts.append(turns.prompt)
                 strata.append(record.source.name)
     check_losses(side, totals(accounts), config.max_loss_fraction, config.max_length)
-    return _Loaded(samples, strata, accounts, renamed)
+    kept = samples if isinstance(samples, list) else samples.finish()
+    return _Loaded(ids, kept, prompts, strata, accounts, renamed)
 
 
-def _read(source: SourceConfig, side: str, accounts: list[FileAccount]) -> Iterator[_Record]:
+def _read(
+    source: SourceConfig,
+    side: str,
+    accounts: list[FileAccount],
+    conversations: list[Conversation] | StoredConversations,
+) -> Iterator[_Record]:
     if not 0 <= source.weight <= 1:
         raise ConfigError(f"weight of {source.path} is {source.weight:g}; it must be between 0 and 1")
     if source.limit is not None and source.limit < 1:
@@ -146,7 +162,9 @@ def _read(source: SourceConfig, side: str, accounts: list[FileAccount]) -> Itera
                 account.lose(EMPTY, row.number)
                 continue
             digest = turns.content_hash()
-            yield _Record(turns, turns.id or digest[:_HASH_DIGITS], digest, account, row.number, source)
+            conversations.append(turns)
+            place = len(conversations) - 1
+            yield _Record(place, turns.id or digest[:_HASH_DIGITS], digest, account, row.number, source)
 
 
 def _conversation(
@@ -222,8 +240,7 @@ def _fit_length(record: _Record, pair: Encoded, config: DataConfig) -> Encoded |
     return ids, labels
 
 
-def _sample(record: _Record, ids: list[int], labels: list[int]) -> Sample:
-    turns = record.conversation
+def _sample(record: _Record, turns: Conversation, ids: list[int], labels: list[int]) -> Sample:
     return Sample(
         id=record.id,
         prompt=turns.prompt,

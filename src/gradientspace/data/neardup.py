@@ -41,29 +41,26 @@ def near_duplicate_groups(prompts: Sequence[str]) -> np.ndarray:
 
 def _signatures(prompts: list[str]) -> np.ndarray:
     """MinHash signatures, (n, 64) uint32. A prompt without words gets one of its own."""
-    words: dict[str, int] = {}
-    flat: list[int] = []
-    ends = []
-    for i, prompt in enumerate(prompts):
-        found = _WORD.findall(prompt.lower()) or [f"\0{i}"]
-        for word in found:
-            value = words.get(word)
-            if value is None:
-                value = words[word] = zlib.crc32(word.encode())
-            flat.append(value)
-        ends.append(len(flat))
-    runs, starts = _word_runs(np.array(flat, dtype=np.uint64), np.array(ends, dtype=np.int64))
     random = np.random.default_rng(1997)
     factors = random.integers(0, 2**63, _N_HASHES, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
     signatures = np.empty((len(prompts), _N_HASHES), dtype=np.uint32)
+    words: dict[str, int] = {}
     for begin in range(0, len(prompts), _CHUNK):  # chunks whose temporaries stay in the processor's cache
         end = min(begin + _CHUNK, len(prompts))
-        chunk = runs[starts[begin] : ends[end - 1]]
-        offsets = starts[begin:end] - starts[begin]
+        flat: list[int] = []
+        ends = []
+        for i in range(begin, end):
+            for word in _WORD.findall(prompts[i].lower()) or [f"\0{i}"]:
+                value = words.get(word)
+                if value is None:
+                    value = words[word] = zlib.crc32(word.encode())
+                flat.append(value)
+            ends.append(len(flat))
+        runs, starts = _word_runs(np.array(flat, dtype=np.uint64), np.array(ends, dtype=np.int64))
         for column, factor in enumerate(factors):
             # The upper half of a product with an odd number: multiply-shift hashing (Dietzfelbinger 1997).
-            hashed = (chunk * factor >> np.uint64(32)).astype(np.uint32)
-            signatures[begin:end, column] = np.minimum.reduceat(hashed, offsets)
+            hashed = (runs * factor >> np.uint64(32)).astype(np.uint32)
+            signatures[begin:end, column] = np.minimum.reduceat(hashed, starts)
     return signatures
 
 

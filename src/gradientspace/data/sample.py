@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,12 +51,12 @@ class Sample:
 class Dataset:
     """The splits, each in the order of the files; `warmup` and `validation` are disjoint parts of `fit`."""
 
-    fit: list[Sample]
-    dev_a: list[Sample]
-    dev_b: list[Sample]
-    test: list[Sample]
-    warmup: list[Sample]
-    validation: list[Sample]
+    fit: Sequence[Sample]
+    dev_a: Sequence[Sample]
+    dev_b: Sequence[Sample]
+    test: Sequence[Sample]
+    warmup: Sequence[Sample]
+    validation: Sequence[Sample]
     accounting: dict[str, Any] = field(repr=False)
     """What became of every row of every file: see `gradientspace.data.accounting`."""
 

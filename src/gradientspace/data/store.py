@@ -1,0 +1,134 @@
+"""Rows on disk, for data that memory does not hold: conversations while they are read, then tokenised samples.
+
+Both lie in a folder for temporary files (the system's, which `TMPDIR` moves) that is removed with the last object that
+uses it. What stays in memory of a row is its id, hash, prompt and place.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import weakref
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+
+from gradientspace.data.sample import Sample
+from gradientspace.data.shapes import Conversation
+
+_BATCH = 1024
+_TURN = pa.struct([("role", pa.string()), ("content", pa.string())])
+_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()), ("prompt", pa.string()), ("input_ids", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int32())), ("reference", pa.string()), ("domain", pa.string()),
+        ("source", pa.string()), ("row", pa.int64()), ("messages", pa.list_(_TURN)),
+    ]
+)  # fmt: skip
+
+
+def _scratch_folder(owner: object) -> Path:
+    """A new folder for temporary files, which is removed with its owner."""
+    folder = Path(tempfile.mkdtemp(prefix="gradientspace-"))
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+class StoredConversations:
+    """A list of conversations in a file of JSON lines: `append`, then read by position."""
+
+    def __init__(self) -> None:
+        self._file = (_scratch_folder(self) / "conversations.jsonl").open("w+b")
+        weakref.finalize(self, self._file.close)
+        self._starts: list[int] = []
+
+    def append(self, conversation: Conversation) -> None:
+        self._starts.append(self._file.seek(0, 2))
+        self._file.write(json.dumps(asdict(conversation)).encode() + b"\n")
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, position: int) -> Conversation:
+        self._file.seek(self._starts[position])
+        return Conversation(**json.loads(self._file.readline()))
+
+
+class SampleWriter:
+    """Takes samples one by one; `finish` gives them as a sequence."""
+
+    def __init__(self) -> None:
+        self._file = _File()
+        self._writer = pa.ipc.new_file(str(self._file.path), _SCHEMA)
+        self._waiting: list[dict[str, Any]] = []
+        self._count = 0
+
+    def append(self, sample: Sample) -> None:
+        self._waiting.append(asdict(sample))
+        self._count += 1
+        if len(self._waiting) == _BATCH:
+            self._flush()
+
+    def finish(self) -> StoredSamples:
+        """All samples, in the order in which they came."""
+        self._flush()
+        self._writer.close()
+        return StoredSamples(self._file, np.arange(self._count))
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._writer.write_batch(pa.RecordBatch.from_pylist(self._waiting, schema=_SCHEMA))
+            self._waiting = []
+
+
+class _File:
+    """A memory-mapped Arrow file whose batches hold `_BATCH` samples each."""
+
+    def __init__(self) -> None:
+        self.path = _scratch_folder(self) / "samples.arrow"
+
+    @cached_property
+    def _reader(self) -> pa.ipc.RecordBatchFileReader:
+        return pa.ipc.open_file(pa.memory_map(str(self.path)))
+
+    def sample(self, row: int) -> Sample:
+        batch, place = self._reader.get_batch(row // _BATCH), row % _BATCH
+        values = {name: batch.column(name)[place] for name in _SCHEMA.names}
+        tokens = {name: values.pop(name).values.to_numpy().tolist() for name in ("input_ids", "labels")}
+        return Sample(**tokens, **{name: value.as_py() for name, value in values.items()})
+
+
+class StoredSamples(Sequence[Sample]):
+    """Samples in a memory-mapped file, each made anew when it is asked for; a slice or `take` is another such list."""
+
+    def __init__(self, file: _File, rows: np.ndarray) -> None:
+        self._file = file
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, place: int) -> Sample: ...
+    @overload
+    def __getitem__(self, place: slice) -> StoredSamples: ...
+    def __getitem__(self, place: int | slice) -> Sample | StoredSamples:
+        if isinstance(place, slice):
+            return StoredSamples(self._file, self._rows[place])
+        return self._file.sample(int(self._rows[place]))
+
+    def take(self, positions: Sequence[int]) -> StoredSamples:
+        return StoredSamples(self._file, self._rows[np.asarray(positions, dtype=np.int64)])
+
+
+def take(samples: Sequence[Sample], positions: Sequence[int]) -> Sequence[Sample]:
+    """The samples at `positions`: of a stored sequence without reading them, of another as a list."""
+    if isinstance(samples, StoredSamples):
+        return samples.take(positions)
+    return [samples[i] for i in positions]
