@@ -119,7 +119,7 @@ def test_more_clusters_than_data(config, tmp_path: Path, capsys) -> None:
     for words in (["run", path], ["run", path, "--dry-run"]):
         assert "clustering.n_clusters is 3000, but there are 32 validation gradients" in fails(capsys, *words)
     path = config(clustering={"n_clusters": 3000, "method": "random"})
-    assert "3000, but there are 216 rows to fit" in fails(capsys, "run", path, "--name", "random")
+    assert "3000, but there are 212 rows to fit" in fails(capsys, "run", path, "--name", "random")
     assert not list((tmp_path / "runs").rglob("warmup*"))
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from gradientspace.config import LoraConfig, ModelConfig
 from gradientspace.data import pad_batch
 from gradientspace.errors import ConfigError, ModelError
-from gradientspace.models import load_adapters, load_base, load_tokenizer, lora
+from gradientspace.models import load_adapters, load_base, load_tokenizer, lora, save_adapter
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +94,29 @@ def test_model_errors_are_one_line(micro, tmp_path: Path) -> None:
 def test_the_trainer_refuses_a_wrong_option_in_one_line(micro, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"training: .*nope"):
         micro.train(tmp_path / "a", options={"lr_scheduler_type": "nope"})
+
+
+def test_tensorboard_files_outlive_the_training(micro, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the tracker is not installed")
+    micro.train(tmp_path / "a", options={"report_to": "tensorboard"}, logs=tmp_path / "logs", epochs=2)
+    assert list((tmp_path / "logs").glob("events.out.tfevents.*"))
+
+
+def test_activation_checkpointing_and_accumulation_change_no_result(micro, tmp_path: Path) -> None:
+    micro.train(tmp_path / "plain")
+    micro.train(tmp_path / "recomputed", options={"gradient_checkpointing": True})
+    assert weights(tmp_path / "plain") == weights(tmp_path / "recomputed")
+    parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    micro.train(tmp_path / "parts", options=parts)
+    whole, summed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "parts"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(summed[name], tensor, atol=2e-3, rtol=0.05)
+
+
+def test_an_adapter_names_the_public_id_of_its_base(micro, tmp_path: Path) -> None:
+    public = ModelConfig(model_name_or_path=str(micro.folder), hub_id="org/name", revision="v2")
+    for base, expected in ((None, (str(micro.folder), None)), (public, ("org/name", "v2"))):
+        with lora(micro.base, LORA, start=None, seed=0) as model:
+            save_adapter(model, tmp_path / "a", base)
+        config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+        assert (config["base_model_name_or_path"], config["revision"]) == expected

@@ -34,6 +34,9 @@ class ResumableTrainer(Trainer):
     returns a checkpoint with the same one. `keep_best` is early stopping, whose state is part of a checkpoint.
     """
 
+    optimizer: Any
+    lr_scheduler: Any
+
     def __init__(
         self, *args: Any, checkpoint_seconds: float, made_from: str, keep_best: KeepBest | None = None, **kwargs: Any
     ) -> None:

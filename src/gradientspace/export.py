@@ -70,7 +70,7 @@ def export(run: Run, engine: str, output: Path | None = None) -> Path:
         names=[f"expert_{k}" for k in range(len(folders))],
         base=public[0] if public else str(Path(run.config.model.model_name_or_path).expanduser().resolve()),
         rank=served_rank(configs[0]["r"]),
-        target_modules=sorted(configs[0]["target_modules"]),
+        target_modules=_modules(folders[0]),
         chat_template=template.jinja,
         is_plain=template.kind == "plain",
         stops=[str(t) for t in template.tokenizer.convert_ids_to_tokens(template.stop_ids)],
@@ -134,9 +134,18 @@ def copy_adapter(folder: Path, target: Path, rank: int) -> None:
     }
     alpha = config["lora_alpha"] * rank / config["r"]
     config |= {"r": rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha}
+    config["target_modules"] = _modules(folder)
     target.mkdir(parents=True)
     save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
     write_text(target / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _modules(folder: Path) -> list[str]:
+    """Last names of the layers that have an adapter, as engines know them: PEFT may record whole paths."""
+    from safetensors import safe_open
+
+    with safe_open(str(folder / "adapter_model.safetensors"), "np") as tensors:
+        return sorted({name.split(".lora_")[0].split(".")[-1] for name in tensors.keys()})  # noqa: SIM118
 
 
 def check_base(config: Any, engine: str) -> None:

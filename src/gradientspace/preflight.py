@@ -176,7 +176,7 @@ def _probe_gradients(job: Job, model: PeftModel, rates: Rates) -> None:
 
     config, data = job.config, job.data
     wanted = min(len(data.validation), max(_VALIDATION_PROBE, config.clustering.n_components, _clusters(job)))
-    order = {"max_tokens": config.gradients.max_tokens_per_batch, "seed": config.seed}
+    order: dict[str, Any] = {"max_tokens": config.gradients.max_tokens_per_batch, "seed": config.seed}
     with PerSampleGradients(model) as engine:
         rows = [batch.gradients for batch in engine.stream(data.validation[:wanted], **order)]
         clusterer = new_clusterer(config.clustering, config.seed)

@@ -7,6 +7,7 @@ The loop is transformers' `Trainer`; what is here chooses its arguments, pads ba
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import shutil
 import tempfile
@@ -142,9 +143,8 @@ def train_adapter(
         resume = latest_checkpoint(folder, made_from, label) if checkpoints else None
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         if config.report_to == "wandb":
-            import wandb
-
-            wandb.finish()  # transformers leaves it open, and the next phase would go on in the same curve
+            # transformers leaves it open, and the next phase would go on in the same curve.
+            importlib.import_module("wandb").finish()
     model.eval()
     return TrainingSummary(
         samples=len(samples),
@@ -201,7 +201,7 @@ def _arguments(config: TrainingConfig, **phase: Any) -> TrainingArguments:
 def _tensorboard(folder: Path) -> TrainerCallback:
     """transformers would write below its output folder, which does not outlive the training."""
     from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations import TensorBoardCallback
+    from transformers.integrations.integration_utils import TensorBoardCallback
 
     return TensorBoardCallback(SummaryWriter(str(folder)))
 
