@@ -83,6 +83,7 @@ def test_a_push_uploads_experts_and_cards_and_no_data(finished_run: Run, monkeyp
     files = [str(p.relative_to(finished_run.path)) for p in finished_run.path.rglob("*") if p.is_file()]
     sent = [f for f in files if any(fnmatch(f, pattern) for pattern in upload["allow_patterns"])]
     assert {"README.md", "experts/0/adapter_model.safetensors", "experts/0/README.md", "router/README.md"} <= set(sent)
+    assert "manifest.json" in sent, "without it the download is no run folder"
     assert not [f for f in sent if f.endswith(".parquet") or f.startswith(("clustering", "baselines", "warmup"))]
 
 

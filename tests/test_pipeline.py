@@ -17,6 +17,7 @@ import torch
 import yaml
 from conftest import micro_values
 
+from gradientspace.comparison import equal_budgets
 from gradientspace.config import GradientSpaceConfig
 from gradientspace.errors import RunFolderError
 from gradientspace.inference import BASE, Experts, RoutedModel, expert_folders
@@ -55,6 +56,10 @@ def test_every_method_spends_the_same_tokens(finished_run: Run) -> None:
     methods = json.loads((finished_run.path / "evaluation/results.json").read_text())["methods"]
     tokens = {name: methods[name]["tokens"] for name in ("single", "random", "embedding", "gradientspace")}
     assert max(tokens.values()) <= 1.01 * min(tokens.values()), tokens
+    said = equal_budgets(methods)
+    assert said.startswith("  the same tokens for every trained method (largest difference 0.00 %): single ")
+    methods["random"]["tokens"] //= 2
+    assert equal_budgets(methods).startswith("  NOT the same tokens: compare with care")
 
 
 def test_assignments_hold_what_is_promised(finished_run: Run) -> None:

@@ -18,8 +18,8 @@ from gradientspace.models import public_id
 from gradientspace.run_folder import Run, write_text
 
 _PUSHED = (
-    "README.md", "config.yaml", "experts/**", "router/**", "shared/**", "single/**", "data/accounting.json",
-    "evaluation/results.json",
+    "README.md", "config.yaml", "manifest.json", "experts/**", "router/**", "shared/**", "single/**",
+    "data/accounting.json", "evaluation/results.json",
 )  # fmt: skip
 """What of a run folder goes to a hub: no rows of the data, and nothing that only this machine needs."""
 _NOT_PUSHED = ("*.partial/*", "*/checkpoints/*")
