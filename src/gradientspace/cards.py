@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,8 @@ class _Facts:
         self.trainings = [json.loads((f / "training.json").read_text()) for f in self.folders]
         public = public_id(run.config.model)
         self.base_id = public[0] if public else None
-        self.base = f"`{self.base_id or run.config.model.model_name_or_path}`"
+        # Where the base lies on this machine is nobody's business.
+        self.base = f"`{self.base_id or Path(run.config.model.model_name_or_path).name}`"
         columns = ["expert", "loss:base", "loss:single", "loss:gradientspace"]
         table = pq.read_table(run.path / "evaluation/samples.parquet", columns=columns)
         self.samples = {name: table[name].to_numpy() for name in columns}
@@ -78,8 +80,8 @@ def expert_card(facts: _Facts, k: int) -> str:
         facts.front_matter(library_name="peft", pipeline_tag="text-generation"),
         f"# Expert {k} of {len(facts.folders)} of `{facts.name}`",
         "",
-        "One of several LoRA adapters, each trained on samples whose gradients pull the base the same way. A router "
-        "sends every prompt to one of them; alone, this one is only meant for prompts like those it was trained on.",
+        f"One of several LoRA adapters, each trained on samples {_GROUPED[facts.run.config.clustering.method]}. A "
+        "router sends every prompt to one of them; alone, this one is meant for prompts like those it was trained on.",
         "",
         *_table(("", ""), rows),
         "",
@@ -91,19 +93,14 @@ def expert_card(facts: _Facts, k: int) -> str:
         "",
         *_by_domain(facts, k),
         "",
-        *_LIMITS,
-        "",
-        "## Use",
-        "",
-        "```python",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'base = AutoModelForCausalLM.from_pretrained("{facts.base_id or facts.run.config.model.model_name_or_path}")',
-        'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")  # with the template of the training',
-        "```",
-        "",
+        *_limits_and_use(
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f'base = AutoModelForCausalLM.from_pretrained("{facts.base_id or "path/to/the/base"}")',
+            'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
+            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")  # with the template of the training',
+        ),
     ])  # fmt: skip
 
 
@@ -123,16 +120,11 @@ def router_card(facts: _Facts) -> str:
         "",
         *_table(("", "value"), metrics),
         "",
-        *_LIMITS,
-        "",
-        "## Use",
-        "",
-        "```python",
-        "from gradientspace import Router",
-        "",
-        'Router.load("path/to/this/folder").predict_proba(["a prompt"])',
-        "```",
-        "",
+        *_limits_and_use(
+            "from gradientspace import Router",
+            "",
+            'Router.load("path/to/this/folder").predict_proba(["a prompt"])',
+        ),
     ])  # fmt: skip
 
 
@@ -148,9 +140,8 @@ def run_card(facts: _Facts) -> str:
         facts.front_matter(library_name="peft", pipeline_tag="text-generation"),
         f"# `{facts.name}`: {len(facts.folders)} LoRA experts and their router",
         "",
-        f"Made by [GradientSpace](https://arxiv.org/abs/2512.06678) from {facts.base}: samples are clustered by the "
-        "direction in which they pull the base, one expert is trained for each cluster, and every prompt is answered "
-        "by one.",
+        f"Made with [GradientSpace](https://arxiv.org/abs/2512.06678) from {facts.base}: one expert for each group of "
+        f"samples {_GROUPED[facts.run.config.clustering.method]}, and every prompt is answered by one.",
         "",
         f"On {len(facts.samples['expert']):,} held-out prompts (`{facts.results['split']}`), every trained method "
         "from the same start:",
@@ -159,19 +150,13 @@ def run_card(facts: _Facts) -> str:
         "",
         *facts.results["verdict"],
         "",
-        "`experts/` are ordinary PEFT adapters, `router/` says which one a prompt goes to, `config.yaml` replays the "
-        "run, `report.html` shows it.",
+        "`experts/` are ordinary PEFT adapters, `router/` says which one a prompt goes to, `config.yaml` replays all.",
         "",
-        *_LIMITS,
-        "",
-        "## Use",
-        "",
-        "```python",
-        "from gradientspace import RoutedModel",
-        "",
-        'RoutedModel.from_run("path/to/this/folder").generate("a prompt")',
-        "```",
-        "",
+        *_limits_and_use(
+            "from gradientspace import RoutedModel",
+            "",
+            'RoutedModel.from_run("path/to/this/folder").generate("a prompt")',
+        ),
     ])  # fmt: skip
 
 
@@ -208,12 +193,28 @@ _START = {
     "warmup": "the warm-up adapter",
     "fresh": "a fresh adapter",
 }
-_LIMITS = (
-    "## Limits",
-    "",
-    "Trained and judged on the data named in `config.yaml` only, with one seed. Nothing here was checked for safety, "
-    "bias or licence: those of the base and of the data apply.",
-)
+_GROUPED = {
+    "gradient": "whose gradients pull the base the same way",
+    "embedding": "whose prompts are about the same",
+    "source": "of one source",
+    "random": "grouped by chance",
+}
+
+
+def _limits_and_use(*code: str) -> list[str]:
+    return [
+        "## Limits",
+        "",
+        "Trained and judged on the data named in `config.yaml` only, with one seed. Nothing here was checked for "
+        "safety, bias or licence: those of the base and of the data apply.",
+        "",
+        "## Use",
+        "",
+        "```python",
+        *code,
+        "```",
+        "",
+    ]
 
 
 def _routed_here(facts: _Facts, mine: np.ndarray) -> list[str]:
