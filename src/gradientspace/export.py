@@ -184,7 +184,8 @@ def _vllm(parts: _Parts) -> dict[str, str]:
     # experts got an expert's weights.
     modules = [f"{name}=adapters/{name}" for name in parts.names]
     lines = [
-        'exec vllm serve "$BASE"',
+        # The module and not the command `vllm`, which vLLM's CPU builds cannot start.
+        'exec "${PYTHON:-python3}" -m vllm.entrypoints.openai.api_server --model "$BASE"',
         f'--host 127.0.0.1 --port "${{PORT:-8000}}" --served-model-name {BASE_NAME}',
         f"--enable-lora --max-loras {len(parts.names) + 1} --max-lora-rank {parts.rank}",
         "--lora-modules " + " ".join(modules),
@@ -201,7 +202,7 @@ def _vllm(parts: _Parts) -> dict[str, str]:
 def _sglang(parts: _Parts) -> dict[str, str]:
     # SGLang counts requests for the base as one of the adapters of a batch.
     lines = [
-        'exec python -m sglang.launch_server --model-path "$BASE"',
+        'exec "${PYTHON:-python3}" -m sglang.launch_server --model-path "$BASE"',
         f'--host 127.0.0.1 --port "${{PORT:-30000}}" --served-model-name {BASE_NAME}',
         f"--enable-lora --max-loras-per-batch {len(parts.names) + 1} --max-lora-rank {parts.rank}",
         "--lora-target-modules " + " ".join(parts.target_modules),
