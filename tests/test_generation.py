@@ -44,9 +44,7 @@ def answers(experts, requests, **options):
 def test_greedy_equals_transformers_generate_with_one_peft_adapter(name, tmp_path):
     folders = save_experts(name, tmp_path)
     texts, rows, lengths = prompts(5, 17, 9, 12), [1, BASE, 2, 1], [12, 3, 12, 7]
-    requests = [
-        Request(text, row, max_new_tokens=n) for text, row, n in zip(texts, rows, lengths, strict=True)
-    ]
+    requests = [Request(text, row, max_new_tokens=n) for text, row, n in zip(texts, rows, lengths, strict=True)]
     with StackedExperts(base_of(name), folders) as experts:
         found, counts, _ = answers(experts, requests)
     for i, (text, row, n) in enumerate(zip(texts, rows, lengths, strict=True)):
@@ -163,7 +161,7 @@ def tokenizer(micro_model):
 
 
 @given(text=st.text(max_size=40), stops=st.lists(st.text(min_size=1, max_size=4), max_size=3))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 def test_pieces_joined_are_the_text_up_to_the_first_stop(tokenizer, text, stops):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     whole = tokenizer.decode(ids, skip_special_tokens=True)

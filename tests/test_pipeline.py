@@ -19,8 +19,8 @@ from conftest import micro_values
 
 from gradientspace.comparison import equal_budgets
 from gradientspace.config import GradientSpaceConfig
-from gradientspace.errors import RunFolderError
-from gradientspace.inference import BASE, Experts, RoutedModel, expert_folders
+from gradientspace.errors import RunFolderError, UnsureError
+from gradientspace.inference import BASE, SHARED, Experts, RoutedModel, expert_folders
 from gradientspace.pipeline import STEPS, run
 from gradientspace.run_folder import VOLATILE, Run
 
@@ -81,31 +81,49 @@ def test_peft_loads_every_expert_and_agrees_with_the_routed_model(finished_run: 
 
     base_folder = finished_run.config.model.model_name_or_path
     routed = RoutedModel.from_run(finished_run.path)
+    assert routed.names == ["expert_0", "expert_1", "shared", "base"]
     ids = torch.tensor([[1, 40, 41, 42, 43]])
-    logits = []
+    with torch.inference_mode(), routed.experts.batch([0, 1, BASE]) as model:
+        mixed = model(input_ids=ids.expand(3, -1)).logits
     for k, folder in enumerate(expert_folders(finished_run.path / "experts")):
         plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), str(folder)).eval()
-        with torch.inference_mode(), routed.experts.active(k) as model:
-            expected = plain(input_ids=ids).logits
-            logits.append(model(input_ids=ids).logits)
-        torch.testing.assert_close(logits[-1], expected, atol=1e-6, rtol=0)
-    with torch.inference_mode(), routed.experts.active(BASE) as model:
-        base = model(input_ids=ids).logits
-    assert all((expert - base).abs().max() > 1e-4 for expert in logits)
-    assert (logits[0] - logits[1]).abs().max() > 1e-4
+        with torch.inference_mode():
+            torch.testing.assert_close(mixed[k], plain(input_ids=ids).logits[0], atol=1e-4, rtol=0)
+        assert (mixed[k] - mixed[2]).abs().max() > 1e-3
+    assert (mixed[0] - mixed[1]).abs().max() > 1e-3
 
 
 def test_routed_model_routes_and_answers(finished_run: Run) -> None:
     model = RoutedModel.from_run(finished_run.path)
-    decision = model.route("Repeat these words: cat dog sky")
+    prompt = "Repeat these words: cat dog sky"
+    decision = model.route(prompt)
     assert decision.expert in (0, 1)
+    assert decision.name == f"expert_{decision.expert}"
     assert decision.runner_up == 1 - decision.expert
     assert 0.5 <= decision.probability <= 1
     assert not decision.fallback
-    messages = [{"role": "user", "content": "Repeat these words: cat dog sky"}]
+    messages = [{"role": "user", "content": prompt}]
     assert model.route(messages) == decision
     answer = model.generate(messages, max_new_tokens=4)
-    assert answer == model.generate("Repeat these words: cat dog sky", max_new_tokens=4)
+    assert answer == "".join(model.stream(prompt, max_new_tokens=4)).strip()
+    others = [model.generate(prompt, expert=k, max_new_tokens=4) for k in (0, 1, SHARED, BASE)]
+    assert others[decision.expert] == answer
+    prompts = ["Count the letters of: sun", prompt, "Repeat these words: moon sea"]
+    assert model.generate_batch(prompts, max_new_tokens=4) == [model.generate(p, max_new_tokens=4) for p in prompts]
+
+
+def test_an_unsure_router_falls_back_as_its_run_says(finished_run: Run) -> None:
+    model = RoutedModel.from_run(finished_run.path)
+    prompt = "Repeat these words: cat dog sky"
+    model.router.threshold = 1.0
+    for fallback, number in (("base", BASE), ("shared", SHARED)):
+        model.router.fallback = fallback
+        assert model.route(prompt).name == fallback
+        assert model.generate(prompt, max_new_tokens=4) == model.generate(prompt, expert=number, max_new_tokens=4)
+    model.router.fallback = "error"
+    with pytest.raises(UnsureError, match="below its threshold"):
+        model.generate(prompt)
+    assert model.generate(prompt, expert=0, max_new_tokens=1) is not None
 
 
 def test_a_batch_over_several_experts_equals_one_by_one(finished_run: Run) -> None:

@@ -25,7 +25,9 @@ def save_experts(name: str, folder: Path, n: int = 3, **options) -> dict[str, Pa
     folders = {}
     for k in range(n):
         config = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS.get(name, "all-linear")} | options
-        model = get_peft_model(base_of(name), LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=name == "gpt2", **config))
+        model = get_peft_model(
+            base_of(name), LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=name == "gpt2", **config)
+        )
         randomise(model, seed=k + 1)
         folders[f"e{k}"] = folder / f"e{k}"
         model.save_pretrained(str(folders[f"e{k}"]))
@@ -82,7 +84,11 @@ def test_ranks_targets_and_scalings_may_differ_between_experts(tmp_path):
 def test_rows_may_leave_a_running_batch(tmp_path):
     folders = save_experts("llama", tmp_path)
     texts = torch.tensor(prompts(7, 7, 7))
-    with StackedExperts(base_of("llama"), folders) as experts, torch.inference_mode(), experts.batch([2, 0, 1]) as model:
+    with (
+        StackedExperts(base_of("llama"), folders) as experts,
+        torch.inference_mode(),
+        experts.batch([2, 0, 1]) as model,
+    ):
         before = model(input_ids=texts).logits
         experts.select([0, 1])
         after = model(input_ids=texts[1:]).logits

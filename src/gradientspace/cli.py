@@ -220,12 +220,13 @@ def _route(options: argparse.Namespace, _: list[str]) -> None:
 
     run = Run.open(options.run)
     router = Router.load(run.require("router", f"router {options.run}"))
-    decision = decide(router.predict_proba([options.prompt])[0], router.threshold)
+    decision = decide(router.predict_proba([options.prompt])[0], router.threshold, router.fallback)
     if options.json:
         print(json.dumps(dataclasses.asdict(decision)))
         return
     runner_up = "" if decision.runner_up is None else f", runner-up expert {decision.runner_up}"
-    print(f"expert {decision.expert}, probability {decision.probability:.3f}{runner_up}")
+    chosen = f"fallback to {decision.name}" if decision.fallback else f"expert {decision.expert}"
+    print(f"{chosen}, probability {decision.probability:.3f}{runner_up}")
 
 
 def _generate(options: argparse.Namespace, _: list[str]) -> None:
@@ -233,8 +234,9 @@ def _generate(options: argparse.Namespace, _: list[str]) -> None:
 
     model = RoutedModel.from_run(options.run)
     decision = model.route(options.prompt)
-    print(f"[expert {decision.expert}, probability {decision.probability:.3f}]", file=sys.stderr)
-    print(model.generate(options.prompt, max_new_tokens=options.max_new_tokens))
+    expert = decision.answering()
+    print(f"[{decision.name}, probability {decision.probability:.3f}]", file=sys.stderr)
+    print(model.generate(options.prompt, expert=expert, max_new_tokens=options.max_new_tokens))
 
 
 def _compare(options: argparse.Namespace, _: list[str]) -> None:

@@ -5,7 +5,8 @@
         ├── ConfigError           a config key, value or combination
         ├── DataError             a data file or one of its rows
         ├── ModelError            a model, tokenizer or adapter
-        └── RunFolderError        a run folder: missing, of another config, damaged, not writable
+        ├── RunFolderError        a run folder: missing, of another config, damaged, not writable
+        └── UnsureError           a prompt that the router may not place, by the run's own choice
 
 A message is one line and says the value, the limit and the fix.
 """
@@ -37,3 +38,7 @@ class ModelError(InputError):
 
 class RunFolderError(InputError):
     """A run folder is missing, belongs to another config, is damaged, or cannot be written."""
+
+
+class UnsureError(InputError):
+    """The router's probability lies below its threshold, and its fallback is an error."""

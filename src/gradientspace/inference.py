@@ -1,9 +1,13 @@
-"""Route once, activate one expert, run one forward pass a token. No gradient and no ensemble at inference."""
+"""Route once, answer with one expert: one forward pass a token, no gradient and no ensemble.
+
+`RoutedModel` is for use, over stacked experts. `Experts` is for evaluation: plain PEFT, one adapter active at a time,
+so that the numbers of a run are those of the adapters as PEFT and every other engine runs them.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,16 +16,22 @@ import numpy as np
 import torch
 
 from gradientspace.data import Sample, Template, pad_batch
-from gradientspace.errors import ModelError, RunFolderError
+from gradientspace.errors import ModelError, RunFolderError, UnsureError
+from gradientspace.generation import Piece, Request, generate, left_pad
 from gradientspace.models import load_adapters, load_base, load_tokenizer, padding_id
 from gradientspace.progress import Progress
-from gradientspace.router import Router
+from gradientspace.router import Fallback, Prompt, Router
+from gradientspace.stacked import BASE, StackedExperts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BASE = -1
-"""In place of an expert's number: the base model, all adapters off."""
+    from gradientspace.run_folder import Run
+
+SHARED = -2
+"""In place of an expert's number: the adapter that all experts started from."""
+REFUSED = -3
+"""In place of an expert's number: nobody answers, since the router is too unsure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +39,33 @@ class RouteDecision:
     """Which expert answers a prompt, how sure the router is, and what came second."""
 
     expert: int
-    """Number of the chosen expert, or -1 for the base."""
+    """Number of the chosen expert; after a fallback `BASE` (-1), `SHARED` (-2) or `REFUSED` (-3)."""
     probability: float
-    """Calibrated probability of the chosen expert."""
+    """Calibrated probability of the most probable expert."""
     runner_up: int | None
     """The second most probable expert; `None` with one expert."""
     fallback: bool
-    """True where the probability was under the router's threshold and the base answers instead."""
+    """True where the probability was under the router's threshold, so that no expert answers."""
+
+    @property
+    def name(self) -> str:
+        """`expert_0`, …, `shared` or `base`."""
+        return expert_name(self.expert)
+
+    def answering(self) -> int:
+        """`expert`. Raises `UnsureError` where nobody answers."""
+        if self.expert == REFUSED:
+            raise UnsureError(
+                f"the router gives its best expert a probability of {self.probability:.3f}, below its threshold: "
+                "name the expert that should answer"
+            )
+        return self.expert
 
 
 class Experts:
-    """A base with several adapters: losses and answers of a batch in which every row names its adapter.
+    """A base with several adapters: losses and answers of samples, each of which names its adapter.
 
-    Rows are grouped by adapter, and each group runs as ordinary PEFT inference with one active adapter.
+    Samples are grouped by adapter, and each group runs as ordinary PEFT inference with one active adapter.
     """
 
     def __init__(self, base: PreTrainedModel, folders: Sequence[Path]) -> None:
@@ -107,7 +131,7 @@ class Experts:
         answers = [""] * len(prompts)
         with Progress("answers", len(prompts), "prompt") as progress:
             for expert, rows in _batches(experts, [len(p) for p in prompts], batch_size):
-                ids, mask = _left_pad([prompts[i] for i in rows], padding_id(tokenizer))
+                ids, mask = left_pad([prompts[i] for i in rows], padding_id(tokenizer))
                 with self.active(expert) as model:
                     output = model.generate(
                         input_ids=ids.to(self.base.device),
@@ -123,7 +147,12 @@ class Experts:
 
 
 class RoutedModel:
-    """The product of a run: base, experts and router behind two calls, `route` and `generate`."""
+    """The product of a run: base, experts and router behind a few calls.
+
+    `route` picks an expert, `generate` and `stream` answer with it, `generate_batch` answers many prompts, each with
+    its own expert, in one pass a token. `shared`: the adapter that all experts started from, for a router whose
+    fallback it is.
+    """
 
     def __init__(
         self,
@@ -132,13 +161,18 @@ class RoutedModel:
         experts: Sequence[Path],
         router: Router,
         template: Template,
+        shared: Path | None = None,
     ) -> None:
         if router.n_clusters != len(experts):
             raise ModelError(f"the router knows {router.n_clusters} clusters but there are {len(experts)} experts")
+        if router.fallback == "shared" and router.threshold is not None and shared is None:
+            raise ModelError("the router falls back to the shared adapter, which this run does not have")
         self.tokenizer = tokenizer
-        self.experts = Experts(base, experts)
         self.router = router
         self.template = template
+        self.n_experts = len(experts)
+        folders = {expert_name(k): folder for k, folder in enumerate(experts)}
+        self.experts = StackedExperts(base, folders | ({} if shared is None else {expert_name(SHARED): shared}))
 
     @classmethod
     def from_run(cls, path: str | Path) -> RoutedModel:
@@ -147,43 +181,80 @@ class RoutedModel:
 
         run = Run.open(path)
         router = Router.load(run.require("router", f"router {path}"))
-        folders = expert_folders(run.path / "experts")
-        if not folders:
-            raise RunFolderError(f"{path} has no experts yet: run `gradientspace experts {path}` first")
-        tokenizer, data = load_tokenizer(run.config.model), run.config.data
-        template = Template(tokenizer, data.template, data.system_prompt)
-        return cls(load_base(run.config.model), tokenizer, folders, router, template)
+        tokenizer = load_tokenizer(run.config.model)
+        folders, shared = adapters_of(run)
+        return cls(load_base(run.config.model), tokenizer, folders, router, template_of(run, tokenizer), shared)
 
-    def route(self, prompt: str | Sequence[Mapping[str, Any]]) -> RouteDecision:
+    @property
+    def names(self) -> list[str]:
+        """What can answer: the experts, the shared adapter where there is one, and the base."""
+        return [*self.experts.names, expert_name(BASE)]
+
+    def route(self, prompt: Prompt) -> RouteDecision:
         """Which expert answers `prompt`, a string or messages with role and content."""
-        return decide(self.router.predict_proba([prompt])[0], self.router.threshold)
+        return decide(self.router.predict_proba([prompt])[0], self.router.threshold, self.router.fallback)
 
-    def generate(
-        self,
-        prompt_or_messages: str | Sequence[Mapping[str, Any]],
-        *,
-        max_new_tokens: int = 128,
-        **options: Any,
-    ) -> str:
-        """The routed expert's answer. `options` go to transformers' `generate`; greedy unless they say otherwise."""
-        decision = self.route(prompt_or_messages)
-        ids = self.template.prompt_ids(prompt_or_messages)
-        stops = self.template.stop_ids
-        options = {"do_sample": False, "max_new_tokens": max_new_tokens, "eos_token_id": stops, **options}
-        return self.experts.generate([ids], np.array([decision.expert]), self.tokenizer, batch_size=1, **options)[0]
+    def request(self, prompt: Prompt, name: str, **options: Any) -> Request:
+        """A row for `gradientspace.generation.generate`. `options`: fields of `Request`."""
+        row = BASE if name == expert_name(BASE) else self.experts.names.index(name)
+        return Request(self.template.prompt_ids(prompt), row, **options)
+
+    def generate(self, prompt: Prompt, **options: Any) -> str:
+        """The routed expert's answer, greedy by default. `options`: those of `generate_batch`."""
+        return self.generate_batch([prompt], **options)[0]
+
+    def generate_batch(self, prompts: Sequence[Prompt], *, expert: int | None = None, **options: Any) -> list[str]:
+        """Every prompt answered by its own expert, all in one batch.
+
+        `expert`: this one for all instead of the routed ones. `options`: `max_new_tokens`, `temperature`, `top_p`,
+        `top_k`, `seed`, `stop`, see `gradientspace.generation.Request`. Raises `UnsureError` for a prompt that a
+        router with fallback "error" cannot place.
+        """
+        answers = [""] * len(prompts)
+        for piece in self._pieces(prompts, expert, options):
+            answers[piece.row] += piece.text
+        return [answer.strip() for answer in answers]
+
+    def stream(self, prompt: Prompt, *, expert: int | None = None, **options: Any) -> Iterator[str]:
+        """The answer in pieces, as they are made; `options` as for `generate_batch`."""
+        return (piece.text for piece in self._pieces([prompt], expert, options) if piece.text)
+
+    def _pieces(self, prompts: Sequence[Prompt], expert: int | None, options: dict[str, Any]) -> Iterator[Piece]:
+        chosen = [self.route(prompt).answering() if expert is None else expert for prompt in prompts]
+        pairs = zip(prompts, chosen, strict=True)
+        requests = [self.request(prompt, expert_name(number), **options) for prompt, number in pairs]
+        return generate(self.experts, requests, self.tokenizer, self.template.stop_ids)
 
 
-def decide(probabilities: np.ndarray, threshold: float | None) -> RouteDecision:
+def decide(probabilities: np.ndarray, threshold: float | None, fallback: Fallback = "base") -> RouteDecision:
     """One decision from one row of calibrated probabilities (K,); ties go to the lowest number."""
     order = np.argsort(-probabilities, kind="stable")
-    best = int(order[0])
-    fallback = threshold is not None and float(probabilities[best]) < threshold
+    best, probability = int(order[0]), float(probabilities[order[0]])
+    unsure = threshold is not None and probability < threshold
     return RouteDecision(
-        expert=BASE if fallback else best,
-        probability=float(probabilities[best]),
+        expert={"base": BASE, "shared": SHARED, "error": REFUSED}[fallback] if unsure else best,
+        probability=probability,
         runner_up=int(order[1]) if len(order) > 1 else None,
-        fallback=fallback,
+        fallback=unsure,
     )
+
+
+def expert_name(number: int) -> str:
+    """What an expert is called in the server's model list, in an export and in PEFT."""
+    return {BASE: "base", SHARED: "shared", REFUSED: "refused"}.get(number, f"expert_{number}")
+
+
+def adapters_of(run: Run) -> tuple[list[Path], Path | None]:
+    """The experts' folders in order, and the shared adapter's where the run has one."""
+    folders = expert_folders(run.path / "experts")
+    if not folders:
+        raise RunFolderError(f"{run.path} has no experts yet: run `gradientspace experts {run.path}` first")
+    return folders, run.path / "shared" if run.has("shared") else None
+
+
+def template_of(run: Run, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """How the run's prompts become tokens."""
+    return Template(tokenizer, run.config.data.template, run.config.data.system_prompt)
 
 
 def expert_folders(folder: Path) -> list[Path]:
@@ -213,13 +284,3 @@ def _completion_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> 
     token_losses = torch.nn.functional.cross_entropy(logits[supervised].float(), labels[supervised], reduction="none")
     sums = torch.zeros(labels.shape[0], device=device).index_add_(0, supervised.nonzero()[:, 0], token_losses)
     return sums.double().cpu(), supervised.sum(dim=1).cpu()
-
-
-def _left_pad(prompts: Sequence[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(len(p) for p in prompts)
-    ids = torch.full((len(prompts), width), pad_token_id)
-    mask = torch.zeros((len(prompts), width), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    return ids, mask

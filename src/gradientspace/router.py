@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from safetensors import SafetensorError
@@ -31,6 +31,9 @@ from gradientspace.prompts import CONVERSATION_RULE, routing_text
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """A plain text or a conversation; see `gradientspace.prompts.routing_text`."""
+
+Fallback = Literal["base", "shared", "error"]
+"""Who answers below the threshold: the base model, the shared adapter, or nobody."""
 
 SCHEMA = 1
 INVERSE_REGULARISATION = (0.1, 1.0, 10.0, 100.0)
@@ -108,7 +111,7 @@ class Router:
     `encoder`: an `Encoder` or a name for one. `head`: "logistic" trains a linear head in `fit`; a
     `RidgeHead`, or any object with `predict_scores(embeddings (n, e)) -> (n, K)`, is used as it is and only
     calibrated. `threshold`:
-    prompts whose best probability lies below it belong to the fallback; None, the default, never falls
+    prompts whose best probability lies below it belong to the `fallback`; None, the default, never falls
     back. `random_state` seeds the folds that choose the head's regularisation; everything else is
     deterministic.
 
@@ -122,6 +125,7 @@ class Router:
         head: str | Head = "logistic",
         threshold: float | None = None,
         random_state: int = 0,
+        fallback: Fallback = "base",
     ) -> None:
         if isinstance(head, str) and head != "logistic":
             raise ModelError(f"router head {head!r} is unknown: use 'logistic' or an object with predict_scores")
@@ -129,6 +133,7 @@ class Router:
         self.head = head
         self.threshold = threshold
         self.random_state = random_state
+        self.fallback: Fallback = fallback
 
     def fit(
         self,
@@ -212,6 +217,7 @@ class Router:
             "temperature": self.temperature_,
             "n_calibration": self.n_calibration_,
             "threshold": self.threshold,
+            "fallback": self.fallback,
             "conversation_rule": CONVERSATION_RULE,
             "random_state": self.random_state,
             "encoder": {"name_or_path": self.encoder.name_or_path, "max_length": self.encoder.max_length},
@@ -236,6 +242,7 @@ class Router:
                 encoder or Encoder(name, device=device, max_length=max_length),
                 threshold=settings["threshold"],
                 random_state=settings["random_state"],
+                fallback=settings.get("fallback", "base"),  # the only one before there was a choice
             )
             router.n_clusters = int(settings["n_clusters"])
             router.temperature_ = float(settings["temperature"])

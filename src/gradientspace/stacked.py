@@ -27,7 +27,6 @@ from gradientspace.models import load_adapters
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
     from transformers import PreTrainedModel
 
 BASE = -1
@@ -190,13 +189,13 @@ class StackedExperts:
                 raise ModelError(f"adapter {name} trains biases of the base (bias={config.bias}): it cannot be stacked")
 
 
-def _lora_layers(peft_model: PeftModel) -> dict[str, LoraLayer]:
+def _lora_layers(peft_model: PeftModel) -> dict[str, Any]:
     """Name in the base model -> layer. Raises `ModelError` for one that is not plain LoRA on a linear layer."""
     from peft.tuners.lora import Linear
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers: dict[str, LoraLayer] = {}
-    for name, module in peft_model.base_model.model.named_modules():  # type: ignore[union-attr]
+    layers: dict[str, Any] = {}
+    for name, module in peft_model.get_base_model().named_modules():
         if not isinstance(module, BaseTunerLayer):
             continue
         kind = type(module).__name__
@@ -205,33 +204,26 @@ def _lora_layers(peft_model: PeftModel) -> dict[str, LoraLayer]:
         if module.lora_variant:
             variant = type(next(iter(module.lora_variant.values()))).__name__
             raise ModelError(f"layer {name} is a LoRA variant ({variant}): only plain LoRA can be stacked")
-        if any(B.bias is not None for B in module.lora_B.values()):  # type: ignore[union-attr]
+        if any(B.bias is not None for B in module.lora_B.values()):
             raise ModelError(f"layer {name} has lora_bias: only LoRA without it can be stacked")
         layers[name] = module
     return layers
 
 
-def _stack(name: str, layer: LoraLayer, names: Sequence[str], selection: Selection, flat: bool) -> StackedLayer:
-    """The layer with the adapters `names` in their order."""
-    A, B = _zeros(layer, len(names))
+def _stack(name: str, layer: Any, names: Sequence[str], selection: Selection, flat: bool) -> StackedLayer:
+    """`layer`, a LoRA layer of PEFT, with the adapters `names` in their order."""
+    n, rank, example = len(names), max(layer.r.values()), next(iter(layer.lora_A.values())).weight
+    A = torch.zeros(n, rank, layer.in_features, dtype=example.dtype, device=example.device)
+    B = torch.zeros(n, rank, layer.out_features, dtype=example.dtype, device=example.device)
     for k, adapter in enumerate(names):
         if adapter in layer.lora_A:
-            rank = layer.r[adapter]
-            A[k, :rank] = layer.lora_A[adapter].weight.detach()
-            B[k, :rank] = layer.lora_B[adapter].weight.detach().T * layer.scaling[adapter]
+            own_rank = layer.r[adapter]
+            A[k, :own_rank] = layer.lora_A[adapter].weight.detach()
+            B[k, :own_rank] = layer.lora_B[adapter].weight.detach().T * layer.scaling[adapter]
     # A masked product with another row's expert is 0 only where that expert is finite.
     if not (A.isfinite().all() and B.isfinite().all()):
         raise ModelError(f"layer {name} has a non-finite LoRA weight: train that expert again")
     return StackedLayer(name, layer.get_base_layer(), A, B, selection, flat)
-
-
-def _zeros(layer: LoraLayer, n_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    example = next(iter(layer.lora_A.values())).weight
-    rank = max(layer.r.values())
-    shapes = (n_experts, rank, layer.in_features), (n_experts, rank, layer.out_features)
-    return torch.zeros(shapes[0], dtype=example.dtype, device=example.device), torch.zeros(
-        shapes[1], dtype=example.dtype, device=example.device
-    )
 
 
 def _is_flat(base: nn.Module, name: str) -> bool:
