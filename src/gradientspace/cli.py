@@ -11,10 +11,11 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from gradientspace import __version__
+from gradientspace import __version__, chat
 from gradientspace.config import GradientSpaceConfig, load_config
 from gradientspace.demo.skills import CONTROLS
 from gradientspace.errors import ConfigError, GradientSpaceError
+from gradientspace.serving import command as serving
 
 _STEPS = {
     "warmup": "train the warm-up adapter",
@@ -98,6 +99,14 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt")
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.set_defaults(handler=_generate)
+
+    talk = commands.add_parser("chat", help="a conversation in the terminal, with the expert that answers shown")
+    chat.add_options(talk)
+    talk.set_defaults(handler=chat.chat)
+
+    serve = commands.add_parser("serve", help="an OpenAI-compatible server that routes every prompt to its expert")
+    serving.add_options(serve)
+    serve.set_defaults(handler=serving.serve)
 
     compare = commands.add_parser("compare", help="several runs or configs, every method, on one table")
     compare.add_argument("runs", nargs="+", metavar="RUN_OR_CONFIG")

@@ -200,6 +200,8 @@ class RouterConfig:
     """Sentence encoder: a folder or a hub id; the default also comes from a PyPI package."""
     head: Literal["logistic", "ridge"] = "logistic"
     """Classifier on the frozen embedding; `ridge` needs routable clusters."""
+    fallback: Literal["none", "shared", "base", "error"] = "none"
+    """Who answers prompts that the router is unsure of, where dev_b shows that this lowers the loss."""
 
 
 @dataclass
@@ -299,6 +301,10 @@ class GradientSpaceConfig:
             raise ConfigError(
                 f"clustering.settle={self.clustering.settle} reassigns by gradient, which a prompt cannot predict: "
                 "use it with clustering.target=plain"
+            )
+        if self.router.fallback == "shared" and self.experts.start != "shared":
+            raise ConfigError(
+                f"router.fallback=shared needs experts.start=shared, which is {self.experts.start}; use base or error"
             )
         if self.router.head == "ridge" and self.clustering.target != "routable":
             raise ConfigError("router.head=ridge needs clustering.target=routable; use router.head=logistic")

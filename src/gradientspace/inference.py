@@ -20,7 +20,8 @@ from gradientspace.errors import ModelError, RunFolderError, UnsureError
 from gradientspace.generation import Piece, Request, generate, left_pad
 from gradientspace.models import load_adapters, load_base, load_tokenizer, padding_id
 from gradientspace.progress import Progress
-from gradientspace.router import Fallback, Prompt, Router
+from gradientspace.prompts import Prompt
+from gradientspace.router import Fallback, Router
 from gradientspace.stacked import BASE, StackedExperts
 
 if TYPE_CHECKING:
@@ -171,8 +172,7 @@ class RoutedModel:
         self.router = router
         self.template = template
         self.n_experts = len(experts)
-        folders = {expert_name(k): folder for k, folder in enumerate(experts)}
-        self.experts = StackedExperts(base, folders | ({} if shared is None else {expert_name(SHARED): shared}))
+        self.experts = StackedExperts(base, named_folders(experts, shared))
 
     @classmethod
     def from_run(cls, path: str | Path) -> RoutedModel:
@@ -196,8 +196,15 @@ class RoutedModel:
 
     def request(self, prompt: Prompt, name: str, **options: Any) -> Request:
         """A row for `gradientspace.generation.generate`. `options`: fields of `Request`."""
-        row = BASE if name == expert_name(BASE) else self.experts.names.index(name)
-        return Request(self.template.prompt_ids(prompt), row, **options)
+        return Request(self.template.prompt_ids(prompt), self.row(name), **options)
+
+    def row(self, name: str) -> int:
+        """The number of `name` in the stacked experts, which hold the shared adapter last."""
+        return BASE if name == expert_name(BASE) else self.experts.names.index(name)
+
+    def number(self, name: str) -> int:
+        """The inverse of `expert_name`."""
+        return SHARED if name == expert_name(SHARED) else self.row(name)
 
     def generate(self, prompt: Prompt, **options: Any) -> str:
         """The routed expert's answer, greedy by default. `options`: those of `generate_batch`."""
@@ -250,6 +257,12 @@ def adapters_of(run: Run) -> tuple[list[Path], Path | None]:
     if not folders:
         raise RunFolderError(f"{run.path} has no experts yet: run `gradientspace experts {run.path}` first")
     return folders, run.path / "shared" if run.has("shared") else None
+
+
+def named_folders(experts: Sequence[Path], shared: Path | None) -> dict[str, Path]:
+    """Name -> adapter folder, in the order of the model's numbers."""
+    folders = {expert_name(k): folder for k, folder in enumerate(experts)}
+    return folders if shared is None else folders | {expert_name(SHARED): shared}
 
 
 def template_of(run: Run, tokenizer: PreTrainedTokenizerBase) -> Template:

@@ -10,6 +10,7 @@ from gradientspace.baselines import make_baseline_groups, train_baseline, train_
 from gradientspace.cards import write_cards
 from gradientspace.config import GradientSpaceConfig
 from gradientspace.export import check_before_training
+from gradientspace.fallback import choose_fallback
 from gradientspace.grouping import Groups, gradient_groups
 from gradientspace.job import Job
 from gradientspace.models import lora
@@ -87,9 +88,12 @@ def train_router(job: Job) -> None:
             [s.prompt for s in data.fit], groups.fit,
             [s.prompt for s in data.dev_a], groups.held_out[: len(data.dev_a)],
         )  # fmt: skip
+        if job.config.router.fallback != "none":
+            choose_fallback(job, router, folder)
         router.save(folder)
 
-    job.run.stage("router", make, inputs=("clustering",))
+    with_experts = job.run.stages_below("experts") if job.config.router.fallback != "none" else ()
+    job.run.stage("router", make, inputs=("clustering", *with_experts))
 
 
 def router_head(job: Job) -> str | RidgeHead:

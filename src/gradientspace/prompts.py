@@ -18,8 +18,23 @@ CONVERSATION_RULE = "user-turns-newline-first-500-last-500"
 
 _HALF = 500
 
+Prompt = str | Sequence[Mapping[str, Any]]
+"""A plain text or a conversation, messages `[{"role": ..., "content": ...}, ...]`."""
 
-def routing_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
+
+def opening(prompt: Prompt) -> Prompt:
+    """A conversation up to its first user turn, which every later request of the same conversation repeats.
+
+    Routing this keeps a conversation with one expert. A plain text is its own opening.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    users = (i for i, turn in enumerate(prompt) if isinstance(turn, Mapping) and turn.get("role") == "user")
+    first = next(users, len(prompt) - 1)
+    return prompt[: first + 1]
+
+
+def routing_text(prompt: Prompt) -> str:
     """The text the router reads of a plain prompt or of messages `[{"role": ..., "content": ...}, ...]`.
 
     `content` is a string or OpenAI-style parts, of which the text parts are read. Blank turns are skipped,

@@ -10,7 +10,7 @@ A frozen sentence encoder makes unit embeddings, a head scores the clusters, a t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -27,10 +27,7 @@ from gradientspace.calibration import (
 )
 from gradientspace.encoder import DEFAULT_ENCODER, Encoder
 from gradientspace.errors import DataError, ModelError, RunFolderError
-from gradientspace.prompts import CONVERSATION_RULE, routing_text
-
-Prompt = str | Sequence[Mapping[str, Any]]
-"""A plain text or a conversation; see `gradientspace.prompts.routing_text`."""
+from gradientspace.prompts import CONVERSATION_RULE, Prompt, routing_text
 
 Fallback = Literal["base", "shared", "error"]
 """Who answers below the threshold: the base model, the shared adapter, or nobody."""
@@ -271,6 +268,12 @@ class Router:
         if self.n_clusters == 1:
             return np.zeros((len(texts), 1))
         return self.head_.predict_scores(self.encoder.encode(texts, progress))
+
+
+def saved_encoder(folder: Path) -> tuple[str, int | None]:
+    """Name and `max_length` of the encoder of a saved router, to load it in another type or on another device."""
+    encoder = json.loads((folder / "router.json").read_text(encoding="utf-8"))["encoder"]
+    return encoder["name_or_path"], encoder["max_length"]
 
 
 def _texts(prompts: Sequence[Prompt]) -> list[str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +45,16 @@ class Selection:
     place: torch.Tensor | None = None
     """(b,) each row's place in `present`, 0 for rows of the base."""
     own: torch.Tensor | None = None
-    """(b, 1, E', 1) 1 where the expert is the row's own, else 0; `None` where all rows have the same expert."""
+    """(b, E') 1 where the expert is the row's own, else 0; `None` where all rows have the same expert."""
     in_use: torch.Tensor | None = None
     """(b, 1, 1) 0 for rows of the base, else 1; `None` where no row is the base's."""
+    _masks: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def mask(self, rank: int) -> torch.Tensor | None:
+        """(b, E' rank) `own`, once for every column of an expert; `None` where there is nothing to mask."""
+        if self.own is not None and rank not in self._masks:
+            self._masks[rank] = self.own.repeat_interleave(rank, dim=1)
+        return self._masks.get(rank)
 
     def set(self, rows: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
         """`rows`: (b,) expert numbers, or `BASE`."""
@@ -56,7 +63,8 @@ class Selection:
         self.place = torch.tensor([places.get(k, 0) for k in rows], device=device)
         mixed = len(set(rows)) > 1
         own = torch.tensor([[k == e for e in self.present] for k in rows], device=device)
-        self.own = own.to(dtype)[:, None, :, None] if mixed and self.present else None
+        self.own = own.to(dtype) if mixed and self.present else None
+        self._masks.clear()
         in_use = torch.tensor([k != BASE for k in rows], device=device)
         self.in_use = None if bool(in_use.all()) else in_use.to(dtype)[:, None, None]
 
@@ -92,8 +100,14 @@ class StackedLayer(nn.Module):
         rows = x.unflatten(0, (len(selection.place), -1)) if x.dim() == 2 and self.flat else x
         if rows.dim() != 3 or rows.shape[0] != len(selection.place):
             raise ModelError(f"layer {self.name} gets tokens without their rows: a batch of experts cannot share it")
-        update = self._by_mask(rows.to(self.A.dtype)) if rows.shape[1] == 1 else self._by_row(rows.to(self.A.dtype))
-        return result + update.reshape(result.shape).to(result.dtype)
+        rows = rows.to(self.A.dtype)
+        if rows.shape[1] == 1:
+            hidden, B = self._hidden_by_mask(rows[:, 0]), self._B.flatten(0, 1)
+        else:
+            hidden, B = self._hidden_by_row(rows)
+        if result.dtype == B.dtype and hidden.dim() == 2:
+            return torch.addmm(result.flatten(0, -2), hidden, B).view_as(result)
+        return result + (hidden @ B).reshape(result.shape).to(result.dtype)
 
     def _cut(self, present: tuple[int, ...]) -> None:
         """Copy the weights of the experts present together, once for all steps of a batch."""
@@ -101,13 +115,14 @@ class StackedLayer(nn.Module):
         self._A, self._B = (self.A, self.B) if all_present else (self.A[list(present)], self.B[list(present)])
         self._present = present
 
-    def _by_mask(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = nn.functional.linear(x, self._A.flatten(0, 1))  # (b, 1, E' r)
-        if self.selection.own is not None:
-            hidden = (hidden.unflatten(-1, self._A.shape[:2]) * self.selection.own).flatten(-2)
-        return hidden @ self._B.flatten(0, 1)
+    def _hidden_by_mask(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (b, d_in) -> (b, E' r), zero in the columns of other experts than the row's own."""
+        hidden = nn.functional.linear(x, self._A.flatten(0, 1))
+        mask = self.selection.mask(self.A.shape[1])
+        return hidden if mask is None else hidden * mask
 
-    def _by_row(self, x: torch.Tensor) -> torch.Tensor:
+    def _hidden_by_row(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x: (b, t, d_in) -> (b, t, r) and the B to multiply it with, one for all rows or one a row."""
         if len(self._A) == 1:
             hidden, B = nn.functional.linear(x, self._A[0]), self._B[0]  # (b, t, r), (r, d_out)
         else:
@@ -115,7 +130,7 @@ class StackedLayer(nn.Module):
             hidden, B = x @ self._A[place].mT, self._B[place]  # (b, t, r), (b, r, d_out)
         if self.selection.in_use is not None:
             hidden = hidden * self.selection.in_use
-        return hidden @ B
+        return hidden, B
 
 
 class StackedExperts:

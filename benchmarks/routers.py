@@ -1,0 +1,261 @@
+"""Which router sends a run's prompts to the better expert, and does its probability mean what it says.
+
+    python benchmarks/routers.py RUN --json benchmarks/results/routers-NAME.json [--fine-tune]
+
+Everything is learned on fit and dev_a and judged on dev_b, by the routed expert's loss minus that of the expert of the
+sample's own gradient cluster (regret, nats), with 95 % bootstrap intervals, and by paired differences from the router
+that the pipeline uses. Targets beside the cluster: the expert with the lowest loss on dev_a (experts were not trained
+there), and a soft mix, every expert weighted by how well it does there.
+
+Where the run was evaluated, its calibration is shown in 10 bins of equal size, beside the range in which the
+calibration error of a perfectly calibrated router of that size lies in 95 % of draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from machine import describe
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+
+from gradientspace.calibration import expected_calibration_error
+from gradientspace.data import Sample
+from gradientspace.evaluation import paired_bootstrap
+from gradientspace.grouping import Groups, held_out
+from gradientspace.inference import Experts, expert_folders
+from gradientspace.job import Job
+from gradientspace.models import padding_id
+from gradientspace.prompts import routing_text
+from gradientspace.routable import RoutableMap
+from gradientspace.router import LinearHead, RidgeHead
+from gradientspace.run_folder import Run
+
+NEIGHBOURS = (5, 15, 50, 150)
+SOFTNESS = 0.05
+"""Nats: an expert that much worse than another weighs 1/e of it in the soft mix."""
+
+
+class Case:
+    """A run's prompts as embeddings, their clusters, and every expert's loss on dev."""
+
+    def __init__(self, run: Run, quick: bool) -> None:
+        self.job = Job(run)
+        data, groups = self.job.data, Groups.read(run.path / "clustering")
+        few = 40 if quick else None
+        self.run, self.n_clusters, n_a = run, groups.n_clusters, len(data.dev_a)
+        position = {sample.id: i for i, sample in enumerate(held_out(data))}
+        self.fit, self.dev_a, self.dev_b = data.fit, data.dev_a[:few], data.dev_b[:few]
+        self.clusters = {"fit": groups.fit, "dev_a": groups.held_out[:n_a][:few]}
+        self.clusters["dev_b"] = groups.held_out[[position[sample.id] for sample in self.dev_b]]
+        self.embeddings = {name: self.encode(getattr(self, name)) for name in ("fit", "dev_a", "dev_b")}
+        self.losses = {name: self.loss_of_experts(getattr(self, name)) for name in ("dev_a", "dev_b")}
+
+    def encode(self, samples: list[Sample]) -> np.ndarray:
+        return self.job.encoder.encode([routing_text(sample.prompt) for sample in samples])
+
+    def loss_of_experts(self, samples: list[Sample]) -> np.ndarray:
+        """(n, K) mean completion-token cross-entropy."""
+        folders = expert_folders(self.run.path / "experts")
+        with Experts(self.job.base, folders) as experts:
+            columns = [
+                experts.losses(samples, np.full(len(samples), k), batch_size=32,
+                               pad_token_id=padding_id(self.job.tokenizer))[0]
+                for k in range(len(folders))
+            ]  # fmt: skip
+        return np.stack(columns, axis=1)
+
+
+# ------------------------------------------------------------------------------- routers
+# Each gives the expert of every dev_b prompt, (n,).
+
+
+def logistic(case: Case) -> np.ndarray:
+    kept = case.clusters["fit"] >= 0
+    head = LinearHead.fit(case.embeddings["fit"][kept], case.clusters["fit"][kept], case.job.config.seed)
+    return head.predict_scores(case.embeddings["dev_b"]).argmax(1)
+
+
+def ridge(case: Case) -> np.ndarray:
+    routable = RoutableMap.load(case.run.path / "clustering/routable")
+    head = RidgeHead(routable.coefficients_, routable.centres_)
+    return head.predict_scores(case.embeddings["dev_b"]).argmax(1)
+
+
+def nearest_neighbours(case: Case) -> np.ndarray:
+    """Majority of the k nearest prompts, k by accuracy on dev_a."""
+    kept = case.clusters["fit"] >= 0
+    known = case.clusters["dev_a"] >= 0
+    models = [
+        KNeighborsClassifier(k).fit(case.embeddings["fit"][kept], case.clusters["fit"][kept])
+        for k in NEIGHBOURS
+        if k <= kept.sum()
+    ]
+    right = [(m.predict(case.embeddings["dev_a"]) == case.clusters["dev_a"])[known].mean() for m in models]
+    return models[int(np.argmax(right))].predict(case.embeddings["dev_b"])
+
+
+def best_expert(case: Case) -> np.ndarray:
+    """Logistic head on the expert with the lowest loss on dev_a."""
+    labels = case.losses["dev_a"].argmin(1)
+    if len(set(labels)) == 1:
+        return np.full(len(case.dev_b), labels[0])
+    return LogisticRegression(C=1.0, max_iter=2000).fit(case.embeddings["dev_a"], labels).predict(
+        case.embeddings["dev_b"]
+    )  # fmt: skip
+
+
+def soft_mix(case: Case) -> np.ndarray:
+    """Logistic head on dev_a, every prompt once for each expert, weighted by a softmax of minus its loss."""
+    losses = case.losses["dev_a"]
+    weights = torch.tensor(-losses / SOFTNESS).softmax(1).numpy()
+    n, k = losses.shape
+    model = LogisticRegression(C=1.0, max_iter=2000)
+    model.fit(np.repeat(case.embeddings["dev_a"], k, axis=0), np.tile(np.arange(k), n), weights.ravel())
+    return model.predict(case.embeddings["dev_b"])
+
+
+def ridge_on_losses(case: Case) -> np.ndarray:
+    """Ridge from the embedding to every expert's loss relative to the sample's mean, on dev_a; the lowest is taken."""
+    from sklearn.linear_model import RidgeCV
+
+    losses = case.losses["dev_a"]
+    model = RidgeCV(alphas=np.logspace(-2, 3, 11)).fit(case.embeddings["dev_a"], losses - losses.mean(1, keepdims=True))
+    return model.predict(case.embeddings["dev_b"]).argmin(1)
+
+
+def fine_tuned(case: Case) -> np.ndarray:
+    """The encoder and a linear head trained together on fit for one epoch, 64 word pieces a prompt."""
+    from sentence_transformers import SentenceTransformer
+
+    torch.manual_seed(case.job.config.seed)
+    encoder = SentenceTransformer(str(case.job.encoder.source.folder), device="cpu")
+    encoder.max_seq_length = 64
+    head = torch.nn.Linear(case.embeddings["fit"].shape[1], case.n_clusters)
+    kept = np.flatnonzero(case.clusters["fit"] >= 0)
+    texts = [routing_text(case.fit[i].prompt) for i in kept]
+    labels = torch.tensor(case.clusters["fit"][kept])
+    optimiser = torch.optim.AdamW(
+        [{"params": encoder.parameters(), "lr": 5e-5}, {"params": head.parameters(), "lr": 5e-3}]
+    )
+    order = torch.randperm(len(texts))
+    encoder.train()
+    for rows in order.split(32):
+        embeddings = encoder(encoder.preprocess([texts[i] for i in rows]))["sentence_embedding"]
+        loss = torch.nn.functional.cross_entropy(20 * head(torch.nn.functional.normalize(embeddings)), labels[rows])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    encoder.eval()
+    with torch.inference_mode():
+        embeddings = encoder.encode([routing_text(s.prompt) for s in case.dev_b], convert_to_tensor=True)
+        return head(torch.nn.functional.normalize(embeddings)).argmax(1).numpy()
+
+
+ROUTERS: dict[str, Callable[[Case], np.ndarray]] = {
+    "logistic, cluster": logistic,
+    "ridge, nearest centroid": ridge,
+    "k nearest neighbours, cluster": nearest_neighbours,
+    "logistic, best expert on dev_a": best_expert,
+    "logistic, soft mix on dev_a": soft_mix,
+    "ridge, losses on dev_a": ridge_on_losses,
+}
+
+
+def compare(case: Case, with_fine_tuning: bool) -> dict[str, Any]:
+    clusters, losses = case.clusters["dev_b"], case.losses["dev_b"]
+    known = clusters >= 0
+    rows = np.arange(len(losses))
+    strata = [sample.domain or sample.source or "all" for sample in case.dev_b]
+    routers = ROUTERS | ({"fine-tuned encoder, cluster": fine_tuned} if with_fine_tuning else {})
+    if not (case.run.path / "clustering/routable").is_dir():
+        routers.pop("ridge, nearest centroid")
+    choices = {name: router(case) for name, router in routers.items()}
+    choices["own cluster"] = np.where(known, clusters, 0)
+    choices["best expert (oracle)"] = losses.argmin(1)
+    own = losses[rows, choices["own cluster"]]
+    reference = losses[rows, choices["logistic, cluster"]]
+    table = {}
+    for name, choice in choices.items():
+        loss = losses[rows, choice]
+        table[name] = {
+            "accuracy": float((choice == clusters)[known].mean()),
+            "loss": float(loss.mean()),
+            "regret": paired_bootstrap((loss - own)[known], [s for s, k in zip(strata, known, strict=True) if k]),
+            "minus_logistic": paired_bootstrap(loss - reference, strata),
+        }
+        regret, minus = table[name]["regret"], table[name]["minus_logistic"]
+        print(
+            f"{name:32s} right {table[name]['accuracy']:.3f}  loss {loss.mean():.4f}  regret {regret['mean']:+.4f} "
+            f"({regret['low']:+.4f} to {regret['high']:+.4f})  minus logistic {minus['mean']:+.4f} "
+            f"({minus['low']:+.4f} to {minus['high']:+.4f})",
+            flush=True,
+        )
+    return table
+
+
+# --------------------------------------------------------------------------- calibration
+
+
+def calibration(path: Path, draws: int = 2000) -> dict[str, Any]:
+    """Of the evaluated split: ten bins of equal size, the error, and what perfect calibration would show."""
+    table = pq.read_table(path)
+    clusters, experts, confidence = (table[name].to_numpy() for name in ("cluster", "expert", "probability"))
+    known = clusters >= 0
+    right, confidence = (clusters == experts)[known], confidence[known]
+    order = np.argsort(confidence, kind="stable")
+    generator = np.random.default_rng(0)
+
+    def error(is_right: np.ndarray) -> float:
+        # Two columns stand for "the routed cluster" and "another": only the best probability counts.
+        pairs = np.stack([confidence, np.full(len(confidence), -1.0)], axis=1)
+        return expected_calibration_error(pairs, np.where(is_right, 0, 1))
+
+    null = [error(generator.random(len(confidence)) < confidence) for _ in range(draws)]
+    low, high = np.quantile(null, [0.025, 0.975])
+    result = {
+        "n": int(known.sum()),
+        "accuracy": float(right.mean()),
+        "confidence": float(confidence.mean()),
+        "calibration_error": error(right),
+        "perfect_low": float(low),
+        "perfect_high": float(high),
+        "bins": [
+            {"confidence": float(confidence[rows].mean()), "accuracy": float(right[rows].mean()), "n": len(rows)}
+            for rows in np.array_split(order, 10)
+        ],
+    }
+    print(
+        f"calibration error {result['calibration_error']:.4f}; a perfect router of {result['n']} prompts: "
+        f"{low:.4f} to {high:.4f}"
+    )
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run folder with experts and router")
+    parser.add_argument("--fine-tune", action="store_true", help="also train the encoder: minutes")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--quick", action="store_true", help="40 rows of dev, and no fine-tuning")
+    options = parser.parse_args()
+    run = Run.open(options.run)
+    results: dict[str, Any] = {"machine": describe("scikit-learn"), "run": run.path.name, "split": "dev_b"}
+    samples = run.path / "evaluation/samples.parquet"
+    if samples.is_file():
+        split = json.loads((run.path / "evaluation/results.json").read_text())["split"]
+        results["calibration"] = {"split": split, **calibration(samples)}
+    results["routers"] = compare(Case(run, options.quick), options.fine_tune and not options.quick)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
