@@ -186,25 +186,26 @@ def test_an_engine_that_breaks_later(finished_run: Run) -> None:
 
         return StreamingResponse(cut(), media_type="text/event-stream")
 
-    with fake_engine(broken) as url:
+    def proxy() -> contextlib.AbstractContextManager[str]:
         backend = proxy_to(url, finished_run)
-
-        async def nothing() -> None: ...
-
         backend.start = nothing
-        with listening(micro_app(finished_run, backend)) as proxy:
-            ask = lambda **more: httpx.post(  # noqa: E731
-                f"{proxy}/v1/chat/completions", json={"model": "base", "messages": CHAT, **more}
-            )
-            response = ask()
-            assert (response.status_code, response.json()["error"]["message"]) == (503, "engine is on fire")
-            assert ask().status_code == 502
-            events = [line for line in ask(stream=True).text.splitlines() if line]
-            assert '"content": "a"' in events[0]
-            assert "the upstream broke off" in events[1]
-            assert events[2] == "data: [DONE]"
-    with listening(micro_app(finished_run, backend)) as proxy:
-        response = httpx.post(f"{proxy}/v1/chat/completions", json={"model": "base", "messages": CHAT})
+        return listening(micro_app(finished_run, backend))
+
+    async def nothing() -> None: ...
+
+    def ask(to: str, **more) -> httpx.Response:
+        return httpx.post(f"{to}/v1/chat/completions", json={"model": "base", "messages": CHAT, **more})
+
+    with fake_engine(broken) as url, proxy() as through:
+        response = ask(through)
+        assert (response.status_code, response.json()["error"]["message"]) == (503, "engine is on fire")
+        assert ask(through).status_code == 502
+        events = [line for line in ask(through, stream=True).text.splitlines() if line]
+        assert '"content": "a"' in events[0]
+        assert "the upstream broke off" in events[1]
+        assert events[2] == "data: [DONE]"
+    with proxy() as through:
+        response = ask(through)
         assert response.status_code == 502
         assert "does not answer" in response.json()["error"]["message"]
 

@@ -264,7 +264,11 @@ class _Tracked:
             self.server.metrics.tokens.labels(self.model, kind).inc((usage or {}).get(f"{kind}_tokens", 0))
 
     def first_token(self, chunk: dict[str, Any]) -> None:
-        if not self.saw_token and any(c.get("text") or c.get("delta", {}).get("content") for c in chunk["choices"]):
+        parts = [
+            (c.get("text") or c.get("delta", {}).get("content"), c.get("finish_reason"))
+            for c in chunk.get("choices", [])
+        ]
+        if not self.saw_token and any(text or reason for text, reason in parts):
             self.saw_token = True
             self.server.metrics.first_token.labels(self.model).observe(time.monotonic() - self.start)
 
@@ -327,10 +331,14 @@ async def _disconnect(request: Request) -> None:
 
 
 async def _json(request: Request) -> Any:
+    body = await request.body()
     try:
-        return json.loads(await request.body())
+        value = json.loads(body)
+        if b"\\u" in body:  # half of a surrogate pair, which no tokenizer takes
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, "the body is not JSON") from error
+        raise ApiError(400, "the body is not JSON in valid Unicode") from error
+    return value
 
 
 def _model(name: str) -> dict[str, Any]:
