@@ -81,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         step.add_argument("run", help="a run folder, or a config that makes one")
         step.add_argument("--redo", action="store_true", help="make this step again though it is there")
         step.set_defaults(handler=_step, takes_overrides=True)
+        if name == "cluster":
+            _add_recluster_options(step)
 
     report = commands.add_parser("report", help="remake report.html from a run's files, or lay runs side by side")
     report.add_argument("run", nargs="?", help="a run folder (files only, seconds), or a config to run first")
@@ -138,6 +140,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_recluster_options(step: argparse.ArgumentParser) -> None:
+    again = step.add_argument_group("cluster a finished run again from the coordinates it kept; takes seconds")
+    again.add_argument("--k", type=int, help="another number of clusters")
+    again.add_argument("--seed", type=int, help="another seed of the clustering")
+    again.add_argument("--sweep", metavar="A..B", help="quality and stability for every K from A to B; changes nothing")
+    again.add_argument("--json", type=Path, help="also write the sweep as JSON")
+    again.add_argument("--csv", type=Path, help="also write the sweep as CSV")
+    step.set_defaults(handler=_cluster)
+
+
 def _run(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.help:
         _print_run_help()
@@ -182,6 +194,15 @@ def _step(options: argparse.Namespace, overrides: list[str]) -> None:
     done = run(config, until=options.command)
     if options.command == "eval":
         _print_summary(done.path)
+
+
+def _cluster(options: argparse.Namespace, overrides: list[str]) -> None:
+    if options.k is None and options.sweep is None and (options.seed is None or not Path(options.run).is_dir()):
+        seed = [] if options.seed is None else ["--seed", str(options.seed)]
+        return _step(options, [*overrides, *seed])
+    from gradientspace.recluster import command
+
+    command(options)
 
 
 def _print_summary(path: Path) -> None:

@@ -184,6 +184,8 @@ class ClusteringConfig:
     """After the online pass: keep its labels, or reassign by coordinates, or by a second gradient pass."""
     min_cluster_size: int = 20
     """Smaller clusters merge into their nearest neighbour."""
+    memory_budget_gib: float | None = None
+    """What the clusterer may hold, in GiB: caches shrink and validation gradients are made block by block to fit."""
 
 
 @dataclass
@@ -342,6 +344,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "clustering.n_init": (1, 10_000),
     "clustering.ridge": (0, _INF),
     "clustering.min_cluster_size": (1, 1_000_000_000),
+    "clustering.memory_budget_gib": (0.001, 1_000_000),
     "experts.shared_share": (0.01, 0.99),
     "evaluation.per_device_eval_batch_size": (1, 65536),
     "evaluation.max_new_tokens": (1, 100_000),

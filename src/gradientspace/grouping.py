@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from gradientspace.clustering import Assignment, OnlineSVDClusterer, spherical_kmeans
+from gradientspace.assignments import Assignments
+from gradientspace.clustering import MemoryPlan, OnlineSVDClusterer, RowSource, spherical_kmeans
 from gradientspace.clustering.kmeans import merge_small_clusters
-from gradientspace.clustering.settle import coordinate_stability, moved_share, settle_by_coordinates
+from gradientspace.clustering.settle import moved_share, settle_by_coordinates
+from gradientspace.clustering.stability import kmeans_stability, online_stability
 from gradientspace.config import ClusteringConfig, GradientSpaceConfig
 from gradientspace.conflict import FILE as GRAM_FILE
 from gradientspace.conflict import unit_gram, write_gram
@@ -27,12 +29,16 @@ from gradientspace.data import Dataset, Sample, take
 from gradientspace.encoder import Encoder
 from gradientspace.evaluation import variance_shares
 from gradientspace.gradients import GradientBatch, PerSampleGradients
+from gradientspace.gradients.engine import GRADIENT_BYTES
 from gradientspace.progress import Progress, say
 from gradientspace.routable import RoutableMap
 from gradientspace.run_folder import write_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+# Rows of a streamed batch that the memory plan counts with; the engine's token budget keeps them below it.
+LARGEST_BATCH = 256
 
 
 @dataclass
@@ -63,7 +69,11 @@ class Groups:
             ("held_out", held_out(data), self.held_out),
         ):
             if not (folder / f"{name}.parquet").exists():
-                _write_table(folder / f"{name}.parquet", {"id": [s.id for s in samples], "cluster": labels})
+                table = pa.table({"id": [s.id for s in samples], "cluster": labels})
+                pq.write_table(table, folder / f"{name}.parquet")
+        self.write_facts(folder)
+
+    def write_facts(self, folder: Path) -> None:
         write_json(folder / "clustering.json", {"n_clusters": self.n_clusters, "sizes": self.sizes, **self.facts})
 
     @classmethod
@@ -83,48 +93,6 @@ def held_out(data: Dataset) -> list[Sample]:
     return [*data.dev_a, *data.dev_b, *data.test]
 
 
-@dataclass
-class PassTable:
-    """What one gradient pass records of each sample: arrays of length n, `coordinates` (n, q)."""
-
-    cluster: np.ndarray
-    cosine: np.ndarray
-    margin: np.ndarray
-    norm: np.ndarray
-    loss: np.ndarray
-    coordinates: np.ndarray
-
-    @classmethod
-    def empty(cls, n: int, q: int) -> PassTable:
-        cosine, margin, norm, loss = (np.zeros(n, dtype=np.float32) for _ in range(4))
-        return cls(np.full(n, -1), cosine, margin, norm, loss, np.zeros((n, q), dtype=np.float32))
-
-    def fill(self, batch: GradientBatch, assignment: Assignment) -> None:
-        rows = batch.indices.numpy()
-        for name in ("cluster", "cosine", "margin", "coordinates"):
-            values = assignment.labels if name == "cluster" else getattr(assignment, name)
-            getattr(self, name)[rows] = torch.as_tensor(values).cpu().numpy()
-        self.norm[rows], self.loss[rows] = batch.norms.cpu().numpy(), batch.losses.cpu().numpy()
-
-    def relabel(self, labels: np.ndarray, centres: np.ndarray) -> None:
-        """Other clusters, whose centroids lie in the subspace: (K, q) unit rows. The margin may be negative."""
-        cosines = self.coordinates @ centres.T.astype(np.float32)
-        rows = np.arange(len(labels))
-        self.cluster, self.cosine = labels, np.where(labels >= 0, cosines[rows, labels], 0)
-        if cosines.shape[1] > 1:
-            cosines[rows, labels] = -2
-            self.margin = np.where(labels >= 0, self.cosine - cosines.max(axis=1), 0)
-
-    def write(self, path: Path, samples: Sequence[Sample], **more: np.ndarray) -> None:
-        coordinates = pa.FixedSizeListArray.from_arrays(self.coordinates.ravel(), self.coordinates.shape[1])
-        columns = {name: getattr(self, name) for name in ("cluster", "cosine", "margin", "norm", "loss")}
-        _write_table(path, {"id": [s.id for s in samples], **columns, "coordinates": coordinates, **more})
-
-
-def _write_table(path: Path, columns: dict[str, Any]) -> None:
-    pq.write_table(pa.table(columns), path)
-
-
 def gradient_groups(
     model: PeftModel, data: Dataset, config: GradientSpaceConfig, encoder: Encoder, folder: Path
 ) -> Groups:
@@ -132,8 +100,8 @@ def gradient_groups(
     options = config.clustering
     with PerSampleGradients(model) as engine:
         clusterer = new_clusterer(options, config.seed)
-        say(clusterer.plan_memory(engine.dim).table())
-        validation = _validation_gradients(engine, data.validation, config)
+        plan = _plan(clusterer, options, engine.dim)
+        validation = _validation_gradients(engine, data.validation, config, plan)
         write_gram(folder / GRAM_FILE, [s.id for s in data.validation], unit_gram(validation))
         clusterer.initialize(validation)
         del validation
@@ -150,17 +118,22 @@ def gradient_groups(
         judged, variance = _judge(engine, clusterer, held_out(data), config)
     if options.settle == "coordinates":
         _settle(clusterer, fit, judged)
-    clusterer.save(folder)
-    fit.write(folder / "assignments.parquet", data.fit, online_cluster=online)
-    judged.write(folder / "held_out.parquet", held_out(data))
-    stability = coordinate_stability(fit.coordinates, clusterer.n_clusters_, random_state=config.seed)
+    fit.online_cluster = online
+    reruns = (
+        online_stability(fit.coordinates, fit.cluster, clusterer, random_state=config.seed)
+        if fit.predicted is None
+        else kmeans_stability(fit.predicted, fit.cluster, normalise=False, random_state=config.seed)
+    )
     facts = {
         "dimension": engine.dim,
         "spectrum": _spectrum(clusterer),
-        "stability": asdict(stability),
+        "stability": fit.judge_stability(reruns),
         "moved_after_online_pass": moved_share(online, fit.cluster),
         "variance": variance,
     }
+    clusterer.save(folder)
+    fit.write(folder / "assignments.parquet")
+    judged.write(folder / "held_out.parquet")
     return Groups(fit.cluster, judged.cluster, clusterer.n_clusters_, facts)
 
 
@@ -180,16 +153,32 @@ def new_clusterer(options: ClusteringConfig, seed: int) -> OnlineSVDClusterer:
     )
 
 
+def _plan(clusterer: OnlineSVDClusterer, options: ClusteringConfig, dim: int) -> MemoryPlan:
+    """Print what the pass will hold, and let caches and validation blocks shrink to the budget."""
+    budget = options.memory_budget_gib
+    plan = clusterer.plan_memory(dim, None if budget is None else round(budget * 2**30))
+    say(plan.table())
+    clusterer.set_params(cache_size=plan.cache_size, cache_dtype=plan.cache_dtype)
+    return plan
+
+
 def _validation_gradients(
-    engine: PerSampleGradients, samples: Sequence[Sample], config: GradientSpaceConfig
-) -> torch.Tensor:
-    """The matrix G of raw gradients, (M, D) float32."""
+    engine: PerSampleGradients, samples: Sequence[Sample], config: GradientSpaceConfig, plan: MemoryPlan
+) -> torch.Tensor | RowSource:
+    """The matrix G of raw gradients, (M, D) float32, or where it does not fit what makes its rows again."""
     say(f"  gradients have D = {engine.dim:,} numbers; {len(samples)} of them find K and the subspace")
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        with Progress("validation gradients", len(samples), "sample") as progress:
+            for batch in _batches(engine, samples, config):
+                yield batch.indices, batch.gradients
+                progress.advance(len(batch.indices))
+
+    if plan.passes > 1:
+        return RowSource(batches, (len(samples), engine.dim), plan.columns, engine.device)
     matrix = torch.zeros(len(samples), engine.dim)  # a sample that is left out stays zero
-    with Progress("validation gradients", len(samples), "sample") as progress:
-        for batch in _batches(engine, samples, config):
-            matrix[batch.indices] = batch.gradients
-            progress.advance(len(batch.indices))
+    for indices, gradients in batches():
+        matrix[indices] = gradients
     return matrix
 
 
@@ -221,9 +210,9 @@ def _learn(
     clusterer: OnlineSVDClusterer,
     samples: Sequence[Sample],
     config: GradientSpaceConfig,
-) -> PassTable:
+) -> Assignments:
     """The one online pass over `fit`: assign every sample, then let the centroids follow."""
-    table = PassTable.empty(len(samples), len(clusterer.components_))
+    table = Assignments.empty(samples, len(clusterer.components_))
     with Progress("gradients", len(samples), "sample") as progress:
         for batch in _batches(engine, samples, config):
             table.fill(batch, clusterer.partial_fit(batch.gradients).assignment_)
@@ -237,12 +226,12 @@ def _judge(
     clusterer: OnlineSVDClusterer,
     samples: Sequence[Sample],
     config: GradientSpaceConfig,
-) -> tuple[PassTable, dict[str, float]]:
+) -> tuple[Assignments, dict[str, float]]:
     """Clusters of held-out samples, and how much of their gradients' variance lies between the clusters.
 
     The variance uses uncentred unit gradients that took no part in clustering, with float64 sums.
     """
-    table = PassTable.empty(len(samples), len(clusterer.components_))
+    table = Assignments.empty(samples, len(clusterer.components_))
     sums = torch.zeros(clusterer.n_clusters_, engine.dim, dtype=torch.float64)
     counts = torch.zeros(clusterer.n_clusters_, dtype=torch.float64)
     with Progress("held-out gradients", len(samples), "sample") as progress:
@@ -260,7 +249,7 @@ def _judge(
 
 def _make_routable(
     clusterer: OnlineSVDClusterer,
-    table: PassTable,
+    table: Assignments,
     embeddings: np.ndarray,
     options: ClusteringConfig,
     seed: int,
@@ -276,12 +265,13 @@ def _make_routable(
     usable = table.cluster >= 0
     routable.fit(embeddings, np.where(usable[:, None], table.coordinates, 0))
     clusterer.replace_centers(routable.lift(clusterer.components_))
+    table.predicted = np.where(usable[:, None], routable.predictions_, 0).astype(np.float32)
     table.relabel(np.asarray(routable.labels_), routable.centres_.numpy())
     say(f"  the prompt predicts {100 * routable.explained_:.1f} % of the coordinates' variance (out of fold)")
     return routable
 
 
-def _merge_small(clusterer: OnlineSVDClusterer, table: PassTable, min_size: int) -> None:
+def _merge_small(clusterer: OnlineSVDClusterer, table: Assignments, min_size: int) -> None:
     labels, centres, _ = merge_small_clusters(table.cluster, clusterer.cluster_centers_, min_size)
     if len(centres) < clusterer.n_clusters_:
         say(f"  {clusterer.n_clusters_ - len(centres)} clusters of fewer than {min_size} samples were merged")
@@ -289,7 +279,7 @@ def _merge_small(clusterer: OnlineSVDClusterer, table: PassTable, min_size: int)
         table.cluster = labels
 
 
-def _settle(clusterer: OnlineSVDClusterer, table: PassTable, judged: PassTable) -> None:
+def _settle(clusterer: OnlineSVDClusterer, table: Assignments, judged: Assignments) -> None:
     """Reassign by coordinates under the final centroids, where they agree with full dimension on held-out rows."""
     settled = settle_by_coordinates(
         table.cluster,

@@ -74,24 +74,30 @@ class Run:
     # ------------------------------------------------------------------ stages
 
     def stage(
-        self, name: str, make: Callable[[Path], Any], *, inputs: tuple[str, ...] = (), resumable: bool = False
+        self,
+        name: str,
+        make: Callable[[Path], Any],
+        *,
+        inputs: tuple[str, ...] = (),
+        resumable: bool = False,
+        again: bool = False,
     ) -> Path:
         """Make the stage `name` (a folder below the run) with `make(partial_folder)`, unless it is there already.
 
         A recorded stage is used only if its inputs are the ones it was made from and its files still have their
-        recorded hashes; a damaged one is named and made again. Returns the stage's folder.
+        recorded hashes; a damaged one is named and made again. With `again` it is made in any case, and `make` may read
+        the old folder, which stands until the new one is complete. Returns the stage's folder.
 
         With `resumable`, `make` finds the folder `CHECKPOINTS` of an attempt that did not end; it decides whether that
         fits, and removes it.
         """
         target = self.path / name
         fingerprint = self.fingerprint(inputs)
-        if self._is_usable(name, fingerprint):
+        if not again and self._is_usable(name, fingerprint):
             return target
         partial = target.with_name(target.name + ".partial")
         with _explain_os_errors(self.path):
             try:
-                _clear(target)
                 _clear(partial, keep=CHECKPOINTS if resumable else None)
                 partial.mkdir(parents=True, exist_ok=True)
                 start, memory = time.perf_counter(), PeakMemory()
@@ -99,6 +105,7 @@ class Run:
                 with memory:
                     make(partial)
                 _sync(partial)
+                _clear(target)
                 partial.rename(target)
             except BaseException:
                 _clear(partial, keep=CHECKPOINTS if resumable else None)
@@ -127,6 +134,18 @@ class Run:
             if not any(stage == name or stage.startswith(name + "/") for name in names)
         }
         write_json(self.path / "manifest.json", manifest)
+
+    def discard_made_from(self, name: str) -> list[str]:
+        """Remove every stage that was made from `name`, directly or through another; returns their names."""
+        entries = self.manifest()["stages"]
+        stale = {name}
+        while more := {stage for stage, entry in entries.items() if stale & entry["inputs"].keys()} - stale:
+            stale |= more
+        made = [stage for stage in entries if stage in stale - {name}]
+        self.forget(*made)
+        for stage in made:
+            shutil.rmtree(self.path / stage, ignore_errors=True)
+        return made
 
     def stages_below(self, *names: str) -> tuple[str, ...]:
         """Recorded stages in the folders `names`, in the order they were made."""

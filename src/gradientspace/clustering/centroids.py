@@ -162,16 +162,20 @@ class Centroids:
             self.strengths[cluster] = length
 
     def tensors(self) -> dict[str, Tensor]:
+        """Everything that `restore` needs; of the caches only the rows that are filled."""
+        used = int(self.filled.max())
         return {
             "matrix": self.matrix,
-            "caches": self.caches,
+            "caches": self.caches[:, :used] if self.update == "svd" else self.caches,
             "filled": self.filled,
             "counts": self.counts,
             "strengths": self.strengths,
         }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        self.matrix, self.caches = tensors["matrix"], tensors["caches"]
+        self.matrix = tensors["matrix"]
+        caches = tensors["caches"]
+        (self.caches[:, : caches.shape[1]] if self.update == "svd" else self.caches).copy_(caches)
         self.filled, self.counts = tensors["filled"].cpu(), tensors["counts"].cpu()
         self.strengths = tensors["strengths"].cpu()
 

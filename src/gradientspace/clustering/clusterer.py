@@ -13,7 +13,6 @@ max(M, K + K n + q + b) D numbers whatever the length of the stream.
 """
 
 import itertools
-import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +20,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -33,13 +31,11 @@ from gradientspace.clustering.kmeans import spherical_kmeans
 from gradientspace.clustering.memory import MemoryPlan, plan_memory
 from gradientspace.clustering.parameters import check_parameters
 from gradientspace.clustering.rank import RankEstimate, estimate_rank
+from gradientspace.clustering.snapshot import read_snapshot, write_snapshot
 from gradientspace.clustering.svd import GradientSVD, gradient_svd
-from gradientspace.clustering.unit_rows import IdenticalRowsError, Rows, RowsError, is_stream
-from gradientspace.errors import RunFolderError
+from gradientspace.clustering.unit_rows import IdenticalRowsError, Rows, RowsError, RowSource, is_stream
 
 logger = logging.getLogger(__name__)
-
-STATE_FILE, PARAMETERS_FILE = "clusterer.safetensors", "clusterer.json"
 
 
 class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
@@ -111,15 +107,17 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         self.n_validation = n_validation
         self.batch_size = batch_size
 
-    def initialize(self, G: Rows) -> "OnlineSVDClusterer":
+    def initialize(self, G: Rows | RowSource) -> "OnlineSVDClusterer":
         """Mean, basis, K and first centroids from validation rows G (M, D); forgets any earlier state.
 
-        `labels_` are those of the rows of G. Raises RowsError when K exceeds the number of rows with a
-        direction, or when no row has one.
+        A G too large to hold comes as a `RowSource`, and is made again for every block of columns. `labels_` are
+        those of the rows of G. Raises RowsError when K exceeds the number of rows with a direction, or when no row
+        has one.
         """
         check_parameters(self)
-        rows = self._rows(G, reset=True)
-        self._torch_out = isinstance(G, Tensor)
+        rows = self._rows(G, reset=True) if not isinstance(G, RowSource) else G
+        self.n_features_in_ = rows.shape[1]
+        self._torch_out = not isinstance(G, np.ndarray | list | tuple)
         self._device = rows.device
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         generator = torch.Generator(device=rows.device).manual_seed(seed)
@@ -135,7 +133,7 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         self._singular_values, self._explained_energy = svd.singular_values, svd.explained_energy
         self._n_features_out = len(svd.components)
         self._state = self._new_state(centres, svd.components, svd.mean, strengths)
-        full = torch.full((len(rows),), -1, dtype=torch.int64, device=rows.device)
+        full = torch.full((rows.shape[0],), -1, dtype=torch.int64, device=rows.device)
         full[svd.index] = labels
         self.labels_ = self._out(full, self._torch_out)
         return self
@@ -219,43 +217,24 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
     def save(self, folder: str | Path) -> None:
         """Write the whole state, half-full caches included, as safetensors and JSON."""
         check_is_fitted(self, "_state")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = self._state.tensors()
-        tensors |= {"singular_values": self._singular_values, "explained_energy": self._explained_energy}
-        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / STATE_FILE)
-        parameters = self.get_params()
-        if not isinstance(parameters["random_state"], int | None):
-            parameters["random_state"] = None  # a generator object cannot be written; it is not used any more
-        estimate = self.rank_estimate_.to_dict() if self.rank_estimate_ else None
+        tensors = {"singular_values": self._singular_values, "explained_energy": self._explained_energy}
         record = {
-            "parameters": parameters,
             "n_features_in": self.n_features_in_,
             "n_clusters": self.n_clusters_,
-            "centred": self._state.centred,
             "torch_out": self._torch_out,
-            "rank_estimate": estimate,
+            "rank_estimate": self.rank_estimate_.to_dict() if self.rank_estimate_ else None,
         }
-        (folder / PARAMETERS_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        write_snapshot(Path(folder), self.get_params(), record, self._state, tensors)
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "cpu") -> "OnlineSVDClusterer":
-        """The clusterer that `save` wrote; the next `partial_fit` gives the same bits as the saved one
-        would."""
-        folder = Path(folder)
-        for name in (STATE_FILE, PARAMETERS_FILE):
-            if not (folder / name).is_file():
-                raise RunFolderError(f"no clusterer in {folder}: {name} is missing")
-        record = json.loads((folder / PARAMETERS_FILE).read_text())
-        tensors = load_file(folder / STATE_FILE, device=device)
+        """The clusterer that `save` wrote; its next `partial_fit` gives the same bits as the saved one's would."""
+        record, tensors = read_snapshot(Path(folder), device)
         self = cls(**record["parameters"])
         self.n_features_in_, self.n_clusters_ = record["n_features_in"], record["n_clusters"]
         self._torch_out, self._device = record["torch_out"], torch.device(device)
         self.rank_estimate_ = RankEstimate(**record["rank_estimate"]) if record["rank_estimate"] else None
-        self._singular_values, self._explained_energy = (
-            tensors["singular_values"],
-            tensors["explained_energy"],
-        )
+        self._singular_values, self._explained_energy = tensors["singular_values"], tensors["explained_energy"]
         matrix, k = tensors["matrix"], self.n_clusters_
         mean = matrix[-1] if record["centred"] else None
         self._state = self._new_state(matrix[:k], matrix[k:-1], mean, tensors["strengths"])
@@ -330,7 +309,7 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         self.labels_ = torch.cat(labels) if isinstance(labels[0], Tensor) else np.concatenate(labels)
         return self
 
-    def _decompose(self, rows: Tensor, n_draws: int, generator: torch.Generator) -> GradientSVD:
+    def _decompose(self, rows: Tensor | RowSource, n_draws: int, generator: torch.Generator) -> GradientSVD:
         options = {"n_draws": n_draws, "generator": generator}
         if not self.center:
             return gradient_svd(rows, self.n_components, center=False, **options)
@@ -355,15 +334,17 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         return min(self.fallback_n_clusters, rows)
 
     def _seed_centroids(self, svd: GradientSVD, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Labels (m,), lifted centres (K, D) and the length of the coordinate sum behind each centre (K,)."""
-        k = self.n_clusters_
-        dims = min(len(svd.components), max(1, k - svd.centred))
-        z = svd.coordinates[:, :dims]
-        labels, centres, _ = spherical_kmeans(z, k, self.n_init, seed, normalise=False)
+        """Labels (m,), lifted centres (K, D) and the length of the coordinate sum behind each centre (K,).
+
+        All q coordinates, by direction: K - 1 dimensions suffice only where nothing but the clusters is in the
+        leading directions, and on real gradients other things are (benchmarks/clustering.py, section options).
+        """
+        z = svd.coordinates
+        labels, centres, _ = spherical_kmeans(z, self.n_clusters_, self.n_init, seed)
         assert isinstance(labels, Tensor)
         assert isinstance(centres, Tensor)
         sums = torch.zeros_like(centres).index_add_(0, labels.clamp(min=0), z * (labels >= 0)[:, None])
-        return labels, centres @ svd.components[:dims], torch.linalg.vector_norm(sums, dim=1)
+        return labels, centres @ svd.components, torch.linalg.vector_norm(sums, dim=1)
 
     def _new_state(self, centres: Tensor, components: Tensor, mean: Tensor | None, strengths: Tensor) -> Centroids:
         return Centroids(

@@ -14,7 +14,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from gradientspace.clustering.unit_rows import IdenticalRowsError, RowsError, UnitRows
+from gradientspace.clustering.unit_rows import IdenticalRowsError, RowsError, RowSource, UnitRows, no_direction_below
 
 SIGN_BIT = -(2**31)
 DRAWS_PER_WORD = 32
@@ -45,7 +45,7 @@ class GradientSVD:
 
 
 def gradient_svd(
-    rows: Tensor,
+    rows: Tensor | RowSource,
     n_components: int,
     *,
     center: bool = True,
@@ -54,6 +54,8 @@ def gradient_svd(
 ) -> GradientSVD:
     """SVD of the unit rows of `rows` (M, D), centred by their mean where `center` is true.
 
+    Rows that do not fit in memory come as a `RowSource`; the result is the same up to rounding.
+
     `n_components` is an upper bound for q: no component is made for a singular value that is zero up to
     rounding. `n_draws` sign-flipped copies are taken for parallel analysis (see `_gram_matrices`). Cost
     O(M^2 D) for the Gram matrix, the same again for each draw. Memory beyond `rows`: q D. Raises RowsError
@@ -61,8 +63,8 @@ def gradient_svd(
     """
     unit = UnitRows(rows, center=center)
     if len(unit.index) == 0:
-        raise RowsError(f"all {len(rows)} validation rows are zero or non-finite: check losses and labels")
-    gram, null_grams = _gram_matrices(unit, n_draws, generator)
+        raise RowsError(f"all {rows.shape[0]} validation rows are zero or non-finite: check losses and labels")
+    gram, null_grams, inverse = _gram_matrices(unit, n_draws, generator)
     with threadpool_limits(1):
         values, vectors = (torch.from_numpy(part).to(gram.device) for part in np.linalg.eigh(gram.cpu().numpy()))
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
@@ -78,7 +80,7 @@ def gradient_svd(
     singular = values.sqrt()
     return GradientSVD(
         singular_values=singular,
-        components=unit.lift((vectors[:, :q] / singular[:q]).T),
+        components=unit.lift((vectors[:, :q] / singular[:q]).T * inverse),
         coordinates=(vectors[:, :q] * singular[:q]).to(unit.dtype),
         explained_energy=values.cumsum(0) / values.sum(),
         mean=unit.mean,
@@ -88,25 +90,26 @@ def gradient_svd(
     )
 
 
-def _gram_matrices(unit: UnitRows, n_draws: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Gram matrix (m, m) float64 of the final unit rows, and of `n_draws` copies with random signs, entry by
-    entry.
+def _gram_matrices(unit: UnitRows, n_draws: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gram matrix (m, m) float64 of the final unit rows, those of `n_draws` copies with random signs, entry by
+    entry, and the inverse length (m,) of the centred rows: 0 for rows without a direction, which so drop out.
 
     Flipping the sign of every entry of G on its own keeps each entry's size, so row lengths, heavy tails and
     the energy of every column survive, but no direction is shared between rows any more (Hong, Sheng,
     Dobriban 2020). Each block of columns is flipped in place for all draws: one random 32-bit word an entry
     serves 32 draws. The result is exact; nothing is subsampled.
     """
-    m, device = unit.shape[0], unit.norms.device
+    m, device = unit.shape[0], unit.device
     gram = torch.zeros(m, m, dtype=torch.float64, device=device)
     null = torch.zeros(n_draws, m, m, dtype=torch.float32, device=device)
     for _, block in unit.blocks():
         gram += (block @ block.T).double()
         for draw, flipped in enumerate(_sign_flips(block.float(), n_draws, generator)):
             null[draw].addmm_(flipped, flipped.T)
-    inverse = unit.inverse_norms()
+    lengths = gram.diagonal().sqrt()
+    inverse = torch.where(lengths > no_direction_below(unit.dtype), 1.0 / lengths, torch.zeros_like(lengths))
     outer = inverse[:, None] * inverse[None, :]
-    return gram * outer, null * outer.float()
+    return gram * outer, null * outer.float(), inverse
 
 
 def _sign_flips(block: Tensor, n_draws: int, generator: torch.Generator | None) -> Iterator[Tensor]:

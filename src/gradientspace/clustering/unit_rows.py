@@ -5,7 +5,8 @@ The method works on unit vectors u_i = g_i / |g_i|, optionally centred: (u_i - m
 block of columns at a time, so an (M, D) matrix is never held twice.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -63,63 +64,97 @@ def with_norms(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return rows, norms, comfortable
 
 
-class UnitRows:
-    """The valid rows of `rows` (M, D) as unit vectors, minus their mean and rescaled where `center` is true.
+@dataclass(frozen=True)
+class RowSource:
+    """Rows of a matrix too large to hold, made again at every pass with `columns` of its columns held at a time.
 
-    Attributes: `index` (m,) of the valid rows in the input; `mean` (D,) of the uncentred unit rows, or None;
-    `norms` (m,) float64 lengths of the centred rows before rescaling (0 where only rounding is left).
+    `batches()` yields (indices (b,), rows (b, D)), every row of `shape` (M, D) once, the same bits on every call.
     """
 
-    def __init__(self, rows: Tensor, *, center: bool):
-        rows, norms, valid = with_norms(rows)
-        self.index = valid.nonzero().squeeze(1)
-        if len(self.index) < len(rows):
-            rows, norms = rows[valid], norms[valid]
-        self._rows = rows
-        self._scale = 1.0 / norms
-        self.dtype = compute_dtype(rows.dtype)
-        self.shape = (rows.shape[0], rows.shape[1])
-        self.mean = self._mean() if center and len(rows) else None
-        self.norms = self._norms()
+    batches: Callable[[], Iterable[tuple[Tensor, Tensor]]]
+    shape: tuple[int, int]
+    columns: int
+    device: torch.device
+
+
+class UnitRows:
+    """The valid rows of `rows` (M, D) as unit vectors, minus their mean where `center` is true.
+
+    Attributes: `index` (m,) of the valid rows in the input; `mean` (D,) of the uncentred unit rows, or None, complete
+    after the first walk over `blocks`. A RowSource is walked once for every block of columns, and once for `lift`.
+    """
+
+    def __init__(self, rows: Tensor | RowSource, *, center: bool):
+        self._source = rows if isinstance(rows, RowSource) else None
+        if isinstance(rows, RowSource):
+            held, self.index = self._fetch(rows, slice(0, rows.columns))
+        else:
+            held, norms, valid = with_norms(rows)
+            self.index = valid.nonzero().squeeze(1)
+            if len(self.index) < len(rows):
+                held, norms = held[valid], norms[valid]
+            self._scale = 1.0 / norms
+        # All rows; of a RowSource their first block of columns, until it was used.
+        self._held: Tensor | None = held
+        self.device, self.dtype = held.device, compute_dtype(held.dtype)
+        self.shape = (len(self.index), rows.shape[1])
+        self.mean: Tensor | None = None
+        if center and self.shape[0]:
+            self.mean = torch.zeros(self.shape[1], dtype=self.dtype, device=self.device)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Column blocks (columns, (m, w)) of the centred unit rows, before the rescaling by `norms`."""
-        return self._blocks(self.mean)
-
-    def inverse_norms(self) -> Tensor:
-        """1 / norms, and 0 for the rows without a direction: they drop out of every sum."""
-        return torch.where(self.norms > 0, 1.0 / self.norms, torch.zeros_like(self.norms))
-
-    def lift(self, weights: Tensor) -> Tensor:
-        """weights (q, m) times the final unit rows: (q, D). One pass over the rows."""
-        scaled = (weights * self.inverse_norms()).to(self.dtype)
-        out = torch.empty(len(weights), self.shape[1], dtype=self.dtype, device=self._rows.device)
-        for columns, block in self.blocks():
-            out[:, columns] = scaled @ block
-        return out
-
-    def _blocks(self, mean: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-        m, dim = self.shape
-        width = max(64, BLOCK_ENTRIES // max(m, 1))
-        for start in range(0, dim, width):
-            columns = slice(start, min(start + width, dim))
-            block = self._rows[:, columns].to(self.dtype) * self._scale[:, None]
-            if mean is not None:
-                block -= mean[columns]
+        """Column blocks (columns, (m, w)) of the unit rows minus their mean."""
+        for columns, block in self._unit_blocks():
+            if self.mean is not None:
+                self.mean[columns] = block.mean(dim=0)
+                block -= self.mean[columns]
             yield columns, block
 
-    def _mean(self) -> Tensor:
-        mean = torch.empty(self.shape[1], dtype=self.dtype, device=self._rows.device)
-        for columns, block in self._blocks(None):
-            mean[columns] = block.mean(dim=0)
-        return mean
+    def lift(self, weights: Tensor) -> Tensor:
+        """weights (q, m) times the rows of `blocks`: (q, D). One pass over the rows."""
+        weights = weights.to(self.dtype)
+        out = torch.zeros(len(weights), self.shape[1], dtype=self.dtype, device=self.device)
+        if self._source is None:
+            for columns, block in self._unit_blocks():
+                out[:, columns] = weights @ (block if self.mean is None else block.sub_(self.mean[columns]))
+            return out
+        position = torch.full((self._source.shape[0],), -1, dtype=torch.int64, device=self.device)
+        position[self.index] = torch.arange(len(self.index), device=self.device)
+        for index, rows in self._source.batches():
+            rows, norms, valid = with_norms(rows)
+            unit = (rows[valid] / norms[valid, None]).to(self.dtype)
+            if self.mean is not None:
+                unit -= self.mean
+            out += weights[:, position[index[valid]]] @ unit
+        return out
 
-    def _norms(self) -> Tensor:
-        squares = torch.zeros(self.shape[0], dtype=torch.float64, device=self._rows.device)
-        for _, block in self.blocks():
-            squares += block.square().sum(dim=1)
-        norms = squares.sqrt()
-        return torch.where(norms > no_direction_below(self.dtype), norms, torch.zeros_like(norms))
+    def _unit_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        m, dim = self.shape
+        width = max(64, BLOCK_ENTRIES // max(m, 1)) if self._source is None else self._source.columns
+        for start in range(0, dim, width):
+            columns = slice(start, min(start + width, dim))
+            if self._source is None:
+                assert self._held is not None
+                yield columns, self._held[:, columns].to(self.dtype) * self._scale[:, None]
+                continue
+            block, self._held = self._held if start == 0 else None, None
+            yield columns, self._fetch(self._source, columns)[0] if block is None else block
+
+    @staticmethod
+    def _fetch(source: RowSource, columns: slice) -> tuple[Tensor, Tensor]:
+        """Unit rows (m, w) of a block of columns, and their index (m,) among all rows; one pass."""
+        valid = torch.zeros(source.shape[0], dtype=torch.bool, device=source.device)
+        block: Tensor | None = None
+        for index, rows in source.batches():
+            rows, norms, usable = with_norms(rows)
+            part = rows[:, columns].to(compute_dtype(rows.dtype)) / norms[:, None]
+            if block is None:
+                block = part.new_zeros(source.shape[0], part.shape[1])
+            block[index], valid[index] = part, usable
+        if block is None:
+            raise RowsError("the source of validation rows is empty: nothing to cluster")
+        found = valid.nonzero().squeeze(1)
+        return block if len(found) == len(block) else block[found], found
 
 
 def is_stream(X) -> bool:
