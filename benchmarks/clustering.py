@@ -1,16 +1,19 @@
-"""Planted structure with known truth: one online pass against seeing everything, and against projecting
-first.
+"""Planted structure with known truth: one online pass against seeing everything, and against projecting first.
 
-    python benchmarks/clustering.py                                  all sections
-    python benchmarks/clustering.py --quick                          a smoke size, under a minute
-    python benchmarks/clustering.py --sections quality --json out.json
- quality     adjusted Rand index with the truth of GradientSpace (one pass, each update rule), of spherical
-k-means on
-            all full rows (the ceiling), of scikit-learn's MiniBatchKMeans (one pass) and of random projection
-            to 512 and 8,192 followed by k-means or BIRCH; seconds, and bytes of state beside the batch
+    python benchmarks/clustering.py --json out.json                      all sections
+    python benchmarks/clustering.py --json out.json --sections quality   one of them; out.json keeps the others
+    python benchmarks/clustering.py --quick                              a smoke size, under a minute
+
+Every cell is written as soon as it is measured, and a cell that the file has already is not measured again.
+
+quality     adjusted Rand index with the truth, seconds and bytes of one online pass, of spherical k-means on all full
+            rows (the ceiling), of MiniBatchKMeans, and of random projections followed by k-means or BIRCH
+options     the same index for every option of the clusterer, on the settings that are hard
 n_clusters  how often the spectrum's K is right, on planted and on structureless data
 subspace    largest angle to the offline subspace of the validation basis and of the running SVD
-cost        seconds and memory a sample at the demo's dimension, for growing N
+length      whether a row's length predicts its cluster, with batches of similar length in shuffled order
+cost        time beside that of computing the gradients, and memory for growing N
+recluster   seconds for another K from the coordinates of 100,000 samples
 """
 
 from __future__ import annotations
@@ -27,230 +30,291 @@ from typing import Any
 
 import numpy as np
 import torch
+from clustering_methods import METHODS, N_VALIDATION, Cell, online, unit
+from gradients import MODEL, QUICK_MODEL, make_model, make_samples
 from machine import describe
 from planted_stream import Planted
-from sklearn.cluster import Birch, MiniBatchKMeans
-from sklearn.metrics import adjusted_rand_score
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 
-from gradientspace.clustering import OnlineSVDClusterer, plan_memory, spherical_kmeans
+from gradientspace.clustering import OnlineSVDClusterer, spherical_kmeans
 from gradientspace.clustering.rank import estimate_rank
 from gradientspace.clustering.running_svd import RunningSVD, largest_angle
+from gradientspace.clustering.stability import kmeans_stability
 from gradientspace.clustering.svd import gradient_svd
+from gradientspace.gradients import PerSampleGradients
+from gradientspace.progress import resident_bytes
 
-N_VALIDATION = 512
-RESTARTS = 10
-
-
-def unit(rows: Tensor) -> Tensor:
-    return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+# A named setting: what describes it, and what measures it.
+Measured = Iterator[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]]
 
 
-def validation(planted: Planted) -> Tensor:
-    """The first rows of the stream; rows are exchangeable unless they drift."""
-    return torch.cat(list(planted.rows(0, min(N_VALIDATION, planted.n))))
+def score(cell: Cell, labels: Tensor) -> float:
+    kept = cell.truth >= 0
+    return float(adjusted_rand_score(cell.truth[kept], labels[kept]))
 
 
-def online(planted: Planted, update: str = "svd", momentum: float = 0.1) -> tuple[Tensor, int]:
-    """One pass, then `predict` on all rows (they are cheap to make again here): labels, bytes of state."""
-    clusterer = OnlineSVDClusterer(planted.n_clusters, 0, update=update, momentum=momentum)
-    clusterer.initialize(validation(planted))
-    for batch in planted.rows():
-        clusterer.partial_fit(batch)
-    clusterer.finalize()
-    labels = torch.cat([clusterer.predict(batch) for batch in planted.rows()])
-    k, n = planted.n_clusters, clusterer.cache_size
-    return labels, plan_memory(planted.dim, k, n_validation=N_VALIDATION, cache_size=n, update=update, n_draws=0).peak
+def planted_cell(planted: Planted) -> Cell:
+    return Cell(torch.cat(list(planted.rows())), planted.labels(), planted.n_clusters)
 
 
-def ceiling(planted: Planted) -> tuple[Tensor, int]:
-    """Spherical k-means on all centred full rows, through their N x N Gram matrix built over column
-    blocks."""
-    n = planted.n
-    gram = torch.zeros(n, n, dtype=torch.float64)
-    for block in planted.columns():
-        gram += (block @ block.T).double()
-    lengths = gram.diagonal().sqrt()
-    gram /= lengths[:, None] * lengths
-    gram -= gram.mean(dim=0, keepdim=True) + gram.mean(dim=1, keepdim=True) - gram.mean()
-    values, vectors = torch.linalg.eigh(gram)
-    labels, _, _ = spherical_kmeans(vectors * values.clamp(min=0).sqrt(), planted.n_clusters, RESTARTS, 0)
-    return torch.as_tensor(labels), n * planted.dim * 4
+def on_real_noise(noise: Tensor, n_clusters: int, cosine: float) -> Cell:
+    """Unit gradients (N, d) plus a direction of its own for each cluster, at right angles to all of them, as a random
+    direction in hundreds of thousands of dimensions nearly is: two rows of a cluster gain `cosine`."""
+    n, d = noise.shape
+    truth = torch.randint(n_clusters, (n,), generator=torch.Generator().manual_seed(n_clusters))
+    rows = torch.cat([noise * (1.0 - cosine) ** 0.5, torch.zeros(n, n_clusters)], dim=1)
+    rows[torch.arange(n), d + truth] = cosine**0.5
+    return Cell(rows, truth, n_clusters)
 
 
-def mini_batch_kmeans(planted: Planted) -> tuple[Tensor, int]:
-    model = MiniBatchKMeans(planted.n_clusters, random_state=0, n_init=RESTARTS)
-    first = unit(validation(planted)).numpy()
-    model.partial_fit(first)
-    for batch in planted.rows(N_VALIDATION):
-        model.partial_fit(unit(batch).numpy())
-    labels = np.concatenate([model.predict(unit(batch).numpy()) for batch in planted.rows()])
-    return torch.as_tensor(labels), first.nbytes + 3 * planted.n_clusters * planted.dim * 4
+def quality_cells(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], Callable[[], Cell]]]:
+    if options.quick:
+        small = Planted(n=512, dim=4_000, n_clusters=4)
+        yield "base", asdict(small), lambda: planted_cell(small)
+        return
+    base = Planted(n=2048, dim=20_000)
+    settings = {f"D {dim:,}": replace(base, dim=dim) for dim in (10_000, 100_000)}
+    settings["D 1,000,000"] = replace(base, dim=1_000_000, n=1024)
+    settings |= {f"K {k}": replace(base, n_clusters=k) for k in (2, 16)}
+    settings |= {f"cosine {c}": replace(base, cosine=c) for c in (0.5, 0.02)}
+    settings |= {f"imbalance {r:g}": replace(base, imbalance=r) for r in (5.0, 20.0)}
+    settings["common 0.5"] = replace(base, common=0.5)
+    for decay, cosine in ((0.4, 0.1), (0.4, 0.05), (0.5, 0.2)):
+        settings[f"noise decay {decay}, cosine {cosine}"] = replace(base, noise_decay=decay, cosine=cosine)
+    for cosine in (0.01, 0.0025):
+        settings[f"D 100,000, cosine {cosine}"] = replace(base, dim=100_000, cosine=cosine)
+    settings["drift 60 degrees"] = replace(base, drift=60.0)
+    settings["outliers 10 %"] = replace(base, outliers=0.1)
+    for name, planted in settings.items():
+        rarest = float(planted.shares.min()) * N_VALIDATION
+        yield name, {**asdict(planted), "rarest_in_validation": rarest}, lambda p=planted: planted_cell(p)
+    for k in (4, 8):
+        for cosine in (0.2, 0.1, 0.05, 0.02):
+            described = {"n": 0 if options.noise is None else len(options.noise), "n_clusters": k, "cosine": cosine}
+            described |= {"noise": "real gradients", "rarest_in_validation": N_VALIDATION / k}
+            name = f"real noise, K {k}, cosine {cosine}"
+            yield name, described, lambda k=k, c=cosine: on_real_noise(options.noise, k, c)
 
 
-def projected(planted: Planted, width: int, method: str) -> tuple[Tensor, int]:
-    """Sparse random projection of unit rows (Kane and Nelson 2014, 4 signs a coordinate), then k-means or
-    BIRCH."""
-    generator = torch.Generator().manual_seed(planted.seed)
-    per_sign = width // 4
-    target = torch.zeros(planted.n, width)
-    for block in planted.columns():
-        for part in range(4):
-            bins = torch.randint(per_sign, (block.shape[1],), generator=generator) + part * per_sign
-            signs = torch.randint(2, (block.shape[1],), generator=generator) * 2.0 - 1.0
-            target.index_add_(1, bins, block * signs)
-    rows = unit(target)
-    rows = unit(rows - rows.mean(dim=0))
-    if method == "kmeans":
-        labels = spherical_kmeans(rows, planted.n_clusters, RESTARTS, 0)[0]
-    else:
-        labels = Birch(n_clusters=planted.n_clusters, threshold=0.7).fit_predict(rows.numpy())
-    return torch.as_tensor(labels), rows.numel() * 4
+def quality(options: argparse.Namespace) -> Measured:
+    for name, described, make in quality_cells(options):
+
+        def measure(make=make) -> dict[str, Any]:
+            cell, methods = make(), {}
+            for method, run in METHODS.items():
+                start = time.perf_counter()
+                found, held = run(cell)
+                seconds = time.perf_counter() - start
+                methods[method] = {"seconds": seconds, "bytes": held}
+                methods[method] |= {f"ari {kind}": score(cell, labels) for kind, labels in found.items()}
+            return {"methods": methods}
+
+        yield name, described, measure
 
 
-METHODS: dict[str, Callable[[Planted], tuple[Tensor, int]]] = {
-    "online svd": online,
-    "online mean": lambda planted: online(planted, "mean"),
-    "online running": lambda planted: online(planted, "running"),
-    "ceiling": ceiling,
-    "MiniBatchKMeans": mini_batch_kmeans,
-    "projection 8192 + k-means": lambda planted: projected(planted, 8192, "kmeans"),
-    "projection 512 + k-means": lambda planted: projected(planted, 512, "kmeans"),
-    "projection 512 + BIRCH": lambda planted: projected(planted, 512, "birch"),
+VARIANTS: dict[str, dict[str, Any]] = {
+    "svd, m 0.1 (the paper)": {},
+    "svd, m 0.3": {"momentum": 0.3},
+    "mean, m 0.1": {"update": "mean"},
+    "running": {"update": "running"},
+    "running, q 16": {"update": "running", "n_components": 16},
+    "running, q 32": {"update": "running", "n_components": 32},
+    "running, q 256": {"update": "running", "n_components": 256},
+    "running, not centred": {"update": "running", "center": False},
 }
 
 
-def quality_cells(quick: bool) -> Iterator[tuple[str, Planted]]:
-    if quick:
-        yield "base", Planted(n=512, dim=4_000, n_clusters=4)
-        return
-    base = Planted(n=2048)
-    for dim in (10_000, 100_000, 1_000_000):
-        yield f"D {dim:,}", replace(base, dim=dim, n=1024 if dim > 100_000 else base.n)
-    base = replace(base, dim=20_000)
-    for k in (2, 4, 16):
-        yield f"K {k}", replace(base, n_clusters=k)
-    for cosine in (0.5, 0.05, 0.02):
-        yield f"cosine {cosine}", replace(base, cosine=cosine)
-    for imbalance in (5.0, 20.0):
-        yield f"imbalance {imbalance:g}", replace(base, imbalance=imbalance)
-    yield "common 0.5", replace(base, common=0.5)
-    for decay in (0.4, 0.5, 0.6):
-        for cosine in (0.1, 0.05, 0.02):
-            yield f"noise decay {decay}, cosine {cosine}", replace(base, noise_decay=decay, cosine=cosine)
-    yield "drift 60 degrees", replace(base, drift=60.0)
-    yield "outliers 10 %", replace(base, outliers=0.1)
+def options(options: argparse.Namespace) -> Measured:
+    """Real noise needs `--real`; the planted settings have noise that fills few dimensions, and imbalance."""
+    base = Planted(n=512 if options.quick else 2048, dim=2_000 if options.quick else 20_000)
+    cells = {"noise decay 0.4, cosine 0.05": replace(base, noise_decay=0.4, cosine=0.05)}
+    if not options.quick:
+        cells["imbalance 20"] = replace(base, imbalance=20.0)
+        cells["drift 60 degrees"] = replace(base, drift=60.0)
+    made: dict[str, Callable[[int], Cell]] = {
+        name: lambda seed, p=planted: planted_cell(replace(p, seed=seed)) for name, planted in cells.items()
+    }
+    for k, cosine in ((4, 0.02), (8, 0.05)) if options.noise is not None else ():
+        order = [torch.randperm(len(options.noise), generator=torch.Generator().manual_seed(s)) for s in range(3)]
+        name = f"real noise, K {k}, cosine {cosine}"
+        made[name] = lambda seed, k=k, c=cosine, order=order: on_real_noise(options.noise[order[seed]], k, c)
+    seeds = 1 if options.quick else 3
+    for name, make in made.items():
+
+        def measure(make=make) -> dict[str, Any]:
+            found: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
+            for seed in range(seeds):
+                cell = make(seed)
+                for variant, chosen in VARIANTS.items():
+                    labels = online(cell, **chosen)[0]
+                    found[variant].append({kind: score(cell, one) for kind, one in labels.items()})
+            kinds = ("one pass", "final")
+            return {"ari": {v: {k: float(np.mean([r[k] for r in rows])) for k in kinds} for v, rows in found.items()}}
+
+        yield name, {"seeds": seeds}, measure
 
 
-def quality(quick: bool) -> list[dict[str, Any]]:
-    results = []
-    for name, planted in quality_cells(quick):
-        truth = planted.labels()
-        kept = truth >= 0
-        rarest = float(planted.shares.min()) * min(N_VALIDATION, planted.n)
-        cell = {"cell": name, **asdict(planted), "expected_validation_rows_of_rarest": rarest, "methods": {}}
-        for method, run in METHODS.items():
-            start = time.perf_counter()
-            labels, state = run(planted)
-            cell["methods"][method] = {
-                "ari": adjusted_rand_score(truth[kept], labels[kept]),
-                "seconds": time.perf_counter() - start,
-                "state_bytes": state,
-            }
-        results.append(cell)
-        print(f"{name:<36}" + "  ".join(f"{m} {v['ari']:.3f}" for m, v in cell["methods"].items()), flush=True)
-    return results
-
-
-def n_clusters(quick: bool) -> list[dict[str, Any]]:
-    base = Planted(n=128 if quick else N_VALIDATION, dim=2_000 if quick else 10_000)
-    cells = {"structureless": replace(base, n_clusters=1, cosine=0.0, common=0.0)}
-    cells["one common direction"] = replace(base, n_clusters=1, cosine=0.0, common=0.5)
-    for k in (4,) if quick else (2, 4, 8, 16):
-        for cosine in (0.1, 0.5):
-            cells[f"K {k}, cosine {cosine}"] = replace(base, n_clusters=k, cosine=cosine)
-            # As unequal as 10 expected rows of the rarest cluster allow, at most 20 : 1.
-            worst = max(r for r in range(1, 21) if min(_shares(base, k, r)) * base.n >= 10)
-            cells[f"K {k}, cosine {cosine}, {worst} : 1"] = replace(
-                base, n_clusters=k, cosine=cosine, imbalance=float(worst)
-            )
-    if not quick:
-        cells["decaying noise, K 4, cosine 0.1"] = replace(base, n_clusters=4, noise_decay=0.6)
-    results = []
+def n_clusters(options: argparse.Namespace) -> Measured:
+    base = Planted(n=128 if options.quick else N_VALIDATION, dim=2_000)
+    cells = {
+        "structureless": replace(base, n_clusters=1, cosine=0.0, common=0.0),
+        "one common direction": replace(base, n_clusters=1, cosine=0.0, common=0.5),
+    }
+    for k in (4,) if options.quick else (4, 16):
+        cells[f"K {k}, cosine 0.1"] = replace(base, n_clusters=k)
+        # As unequal as 10 expected rows of the rarest cluster allow, at most 20 : 1.
+        worst = max(
+            r for r in range(1, 21) if float(replace(base, n_clusters=k, imbalance=r).shares.min()) * base.n >= 10
+        )
+        cells[f"K {k}, cosine 0.1, {worst} : 1"] = replace(base, n_clusters=k, imbalance=float(worst))
+    if not options.quick:
+        cells["K 4, cosine 0.1, noise decay 0.6"] = replace(base, n_clusters=4, noise_decay=0.6)
+    draws = 2 if options.quick else 50
     for name, planted in cells.items():
-        counts: Counter[str] = Counter()
-        for seed in range(2 if quick else 50):
-            generator = torch.Generator().manual_seed(seed)
-            svd = gradient_svd(validation(replace(planted, seed=seed)), 2, n_draws=20, generator=generator)
-            counts[str(estimate_rank(svd, generator=generator).n_clusters)] += 1
-        right = counts[str(planted.n_clusters)] / sum(counts.values())
-        results.append({"cell": name, **asdict(planted), "right": right, "answers": dict(counts)})
-        print(f"{name:<36}right {right:.2f}  {dict(counts)}", flush=True)
-    return results
+
+        def measure(planted=planted) -> dict[str, Any]:
+            counts: Counter[str] = Counter()
+            for seed in range(draws):
+                generator = torch.Generator().manual_seed(seed)
+                rows = torch.cat(list(replace(planted, seed=seed).rows()))
+                svd = gradient_svd(rows, 2, n_draws=20, generator=generator)
+                counts[str(estimate_rank(svd, generator=generator).n_clusters)] += 1
+            return {"draws": draws, "right": counts[str(planted.n_clusters)] / draws, "answers": dict(counts)}
+
+        yield name, asdict(planted), measure
 
 
-def _shares(base: Planted, k: int, imbalance: float) -> list[float]:
-    return replace(base, n_clusters=k, imbalance=float(imbalance)).shares.tolist()
-
-
-def subspace(quick: bool) -> list[dict[str, Any]]:
+def subspace(options: argparse.Namespace) -> Measured:
     """Uncentred unit rows, whose K + 1 planted directions are the rank; the running SVD keeps 64."""
-    results = []
-    for cosine in (0.1,) if quick else (0.5, 0.2, 0.1, 0.05, 0.02):
-        planted = Planted(n=768 if quick else 4096, dim=4_000 if quick else 50_000, cosine=cosine)
-        rank = planted.n_clusters + 1
-        frozen = gradient_svd(validation(planted), 64, center=False)
-        running = RunningSVD(64, frozen.components, frozen.singular_values)
-        for batch in planted.rows(N_VALIDATION):
-            running.update(unit(batch))
-        offline = gradient_svd(torch.cat(list(planted.rows())), rank, center=False).components
-        assert running.components is not None
-        angles = [largest_angle(basis[:rank], offline) for basis in (frozen.components, running.components)]
-        results.append({**asdict(planted), "frozen_degrees": angles[0], "running_degrees": angles[1]})
-        print(f"cosine {cosine:<29}frozen {angles[0]:.1f}  running {angles[1]:.1f} degrees", flush=True)
-    return results
+    for cosine in (0.1,) if options.quick else (0.5, 0.2, 0.1, 0.05, 0.02):
+        planted = Planted(n=768 if options.quick else 4096, dim=4_000 if options.quick else 20_000, cosine=cosine)
+
+        def measure(planted=planted) -> dict[str, Any]:
+            rows, rank = torch.cat(list(planted.rows())), planted.n_clusters + 1
+            frozen = gradient_svd(rows[:N_VALIDATION], 64, center=False)
+            running = RunningSVD(64, frozen.components, frozen.singular_values)
+            for batch in unit(rows[N_VALIDATION:]).split(128):
+                running.update(batch)
+            offline = gradient_svd(rows, rank, center=False).components
+            assert running.components is not None
+            bases = {"frozen": frozen.components, "running": running.components}
+            return {f"{name} degrees": largest_angle(basis[:rank], offline) for name, basis in bases.items()}
+
+        yield f"cosine {cosine}", asdict(planted), measure
 
 
-def cost(quick: bool) -> list[dict[str, Any]]:
-    """Time of the clusterer alone (rows are made before the clock starts), and the process's memory
-    growth."""
-    dim, k, batch = 20_000 if quick else 312_320, 8, 32
-    generator = torch.Generator().manual_seed(0)
-    pool = torch.randn(4 * batch, dim, generator=generator)
-    results = []
-    for n in (256,) if quick else (512, 4096):
-        clusterer = OnlineSVDClusterer(k, 0, n_validation=128).initialize(pool)
-        before, start = resident_bytes(), time.perf_counter()
-        for step in range(n // batch):
-            clusterer.partial_fit(pool[(step % 4) * batch :][:batch])
-        seconds = (time.perf_counter() - start) / n
-        grown = resident_bytes() - before
-        results.append({"dim": dim, "n_clusters": k, "n": n, "seconds_a_sample": seconds, "grown_bytes": grown})
-        print(f"D {dim:,}, N {n:<6}{1e3 * seconds:.2f} ms a sample, memory grew by {grown / 2**20:.0f} MiB")
-    return results
+def length(options: argparse.Namespace) -> Measured:
+    """Rows whose noise shrinks with their length, as that of long samples does, and which otherwise have 4 clusters."""
+    planted = Planted(n=512 if options.quick else 4096, dim=2_000 if options.quick else 20_000, n_clusters=4)
+
+    def measure() -> dict[str, Any]:
+        rows, truth = torch.cat(list(planted.rows())), planted.labels()
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.rand(planted.n, generator=generator)
+        rows += (1.0 - lengths[:, None]) * torch.randn(rows.shape, generator=generator) / planted.dim**0.5
+        chunks = lengths.argsort().split(64)
+        by_length = torch.cat([chunks[i] for i in torch.randperm(len(chunks), generator=generator).tolist()])
+        orders = {"similar lengths, shuffled batches": by_length, "random batches": torch.randperm(planted.n)}
+        orders["sorted by length"] = lengths.argsort()
+        bins = (lengths * 10).long()
+        found = {}
+        for name, order in orders.items():
+            clusterer = OnlineSVDClusterer(4, 0).initialize(rows[:N_VALIDATION])
+            labels = torch.empty(planted.n, dtype=torch.int64)
+            for batch in order.split(64):
+                labels[batch] = torch.as_tensor(clusterer.partial_fit(rows[batch]).labels_)
+            information = float(normalized_mutual_info_score(bins, labels))
+            found[name] = {"ari": float(adjusted_rand_score(truth, labels)), "nmi_with_length": information}
+        return found
+
+    yield "4 clusters", asdict(planted), measure
 
 
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def cost(options: argparse.Namespace) -> Measured:
+    def measure() -> dict[str, Any]:
+        """Gradients of random samples stream into the clusterer; each side on its own clock."""
+        model = make_model(QUICK_MODEL if options.quick else MODEL, device="cpu", dtype=torch.float32)
+        samples = make_samples(64 if options.quick else 256, 32, 256)
+        with PerSampleGradients(model) as engine:
+            clusterer = OnlineSVDClusterer(8, 0).initialize(torch.randn(128, engine.dim))
+            stream, ours, total = engine.stream(samples, max_tokens=2048, seed=0), 0.0, time.perf_counter()
+            for batch in stream:
+                start = time.perf_counter()
+                clusterer.partial_fit(batch.gradients)
+                ours += time.perf_counter() - start
+            total = time.perf_counter() - total
+            n, dim = len(samples), engine.dim
+        result = {"n": n, "dim": dim, "gradient_ms": 1e3 * (total - ours) / n, "clustering_ms": 1e3 * ours / n}
+        return result | {"share": ours / (total - ours)}
+
+    yield "time beside the gradients", {"n_clusters": 8, "tokens": "32 to 256"}, measure
+    dim, batch = 20_000 if options.quick else 312_320, 32
+
+    def memory() -> dict[str, Any]:
+        pool = torch.randn(4 * batch, dim)
+        clusterer, grown, step = OnlineSVDClusterer(8, 0).initialize(pool), {}, 0
+        for _ in range(8):
+            clusterer.partial_fit(pool[:batch])
+        before = resident_bytes()
+        for n in (256, 512) if options.quick else (512, 1024, 2048, 4096):
+            while step < n // batch:
+                clusterer.partial_fit(pool[(step % 4) * batch :][:batch])
+                step += 1
+            grown[str(n)] = resident_bytes() - before
+        return {"grown_bytes": grown}
+
+    yield "memory", {"dim": dim, "n_clusters": 8}, memory
 
 
-SECTIONS = {"quality": quality, "n_clusters": n_clusters, "subspace": subspace, "cost": cost}
+def recluster(options: argparse.Namespace) -> Measured:
+    n, q, k = 5_000 if options.quick else 100_000, 64, 6
+
+    def measure() -> dict[str, Any]:
+        generator = np.random.default_rng(0)
+        centres = generator.standard_normal((k, q))
+        centres /= np.linalg.norm(centres, axis=1, keepdims=True)
+        noise = (0.3 / q) ** 0.5 * generator.standard_normal((n, q))
+        rows = (0.02**0.5 * centres[generator.integers(0, k, n)] + noise).astype(np.float32)
+        start = time.perf_counter()
+        labels = np.asarray(spherical_kmeans(rows, k, 10, 0)[0])
+        clustered = time.perf_counter()
+        kmeans_stability(rows, labels, random_state=0)
+        return {"seconds": clustered - start, "stability_seconds": time.perf_counter() - clustered}
+
+    yield f"{n:,} samples", {"n": n, "n_components": q, "n_clusters": k}, measure
+
+
+SECTIONS: dict[str, Callable[[argparse.Namespace], Measured]] = {
+    "quality": quality, "options": options, "n_clusters": n_clusters, "subspace": subspace, "length": length,
+    "cost": cost, "recluster": recluster,
+}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--json", type=Path, help="write the results there, and measure only what is missing")
     parser.add_argument("--quick", action="store_true", help="a smoke size, under a minute")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="which of: " + ", ".join(SECTIONS))
+    parser.add_argument("--real", type=Path, help="rows.npy of real_gradients.py, for the cells with real noise")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results: dict[str, Any] = {"machine": describe("gradientspace", "scikit-learn"), "quick": options.quick}
-    for name in options.sections.split(","):
-        print(name)
-        results[name] = SECTIONS[name](options.quick)
-        if options.json:
-            options.json.write_text(json.dumps(results, indent=2) + "\n")
+    options.noise = torch.from_numpy(np.load(options.real)) if options.real else None
+    results = json.loads(options.json.read_text()) if options.json and options.json.is_file() else {}
+    results["machine"] = describe("gradientspace", "scikit-learn")
+    for section in options.sections.split(","):
+        done = results.setdefault(section, {})
+        for name, described, measure in SECTIONS[section](options):
+            if name in done:
+                continue
+            if name.startswith("real noise") and options.noise is None:
+                print(f"{section}: {name}: skipped, it needs --real (see real_gradients.py)")
+                continue
+            done[name] = {**described, "threads": options.threads, **measure()}
+            print(f"{section}: {name}: {json.dumps(done[name])}", flush=True)
+            if options.json:
+                options.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Planted clusters with known truth, as a stream of rows or of columns: the (N, D) matrix never has to exist.
- Entries come from generators seeded by (seed, row block, column block), so rows and columns can be walked in
-any order and always agree. Row i is `sqrt(c) t_k + sqrt(s) t_0 + sqrt(1 - c - s) e`, with unit t_k of its
-cluster, unit t_0 shared by all, and noise e of about unit length: two rows of a cluster have cosine c + s,
-rows of two clusters s.
+"""Planted clusters with known truth, as a stream of rows: the (N, D) matrix never has to exist.
+
+Entries come from generators seeded by (seed, row block, column block), so any part can be made again. Row i is
+`sqrt(c) t_k + sqrt(s) t_0 + sqrt(1 - c - s) e`, with unit t_k of its cluster, unit t_0 shared by all, and noise e of
+about unit length: two rows of a cluster have cosine c + s, rows of two clusters s.
 """
 
 from __future__ import annotations
@@ -51,11 +51,6 @@ class Planted:
         """Row blocks (b, D) of the stream, in order, from row `start` to `stop` (multiples of 128)."""
         for block in range(start // ROW_BLOCK, -(-(stop or self.n) // ROW_BLOCK)):
             yield torch.cat([self._cell(block, c) for c in range(-(-self.dim // COLUMN_BLOCK))], dim=1)
-
-    def columns(self) -> Iterator[Tensor]:
-        """Column blocks (N, w)."""
-        for column in range(-(-self.dim // COLUMN_BLOCK)):
-            yield torch.cat([self._cell(r, column) for r in range(-(-self.n // ROW_BLOCK))])
 
     def _generator(self, *key: int) -> torch.Generator:
         mixed = self.seed

@@ -5,7 +5,7 @@ from planted import planted_rows
 from sklearn.metrics import adjusted_rand_score
 from sklearn.utils.estimator_checks import check_estimator
 
-from gradientspace.clustering import OnlineSVDClusterer, plan_memory, spherical_kmeans
+from gradientspace.clustering import OnlineSVDClusterer, RowSource, plan_memory, spherical_kmeans
 from gradientspace.clustering.centroids import dominant_direction
 from gradientspace.clustering.unit_rows import RowsError
 from gradientspace.errors import ConfigError, RunFolderError
@@ -249,17 +249,57 @@ def test_keeps_scikit_learns_rules():
     check_estimator(OnlineSVDClusterer(), on_skip=None)
 
 
-def test_memory_plan_is_named_and_fits_a_budget():
+def test_memory_plan_is_named():
     plan = plan_memory(312_320, 8)
     assert plan.stream["caches (K x n x D)"] == 8 * 32 * 312_320 * 4
     assert plan.initialise["validation gradients (M x D)"] == 512 * 312_320 * 4
+    assert plan.passes == 1
     assert "caches (K x n x D)" in plan.table()
-    small = plan_memory(312_320, 64, n_validation=64, budget=2**30)
-    assert small.peak <= 2**30
-    assert small.cache_dtype == "bfloat16"
-    assert small.cache_size < 32
-    with pytest.raises(ConfigError, match=r"the budget is 1\.0 MiB"):
+
+
+def test_a_budget_shrinks_the_caches_and_the_validation_blocks():
+    plan = plan_memory(312_320, 64, budget=600 * 2**20)
+    assert plan.peak <= 600 * 2**20
+    assert plan.cache_dtype == "bfloat16"
+    assert plan.cache_size < 32
+    assert plan.passes > 2
+    assert f"{plan.passes} passes over them" in plan.table()
+    roomy = plan_memory(312_320, 64, budget=2**40)
+    assert (roomy.cache_size, roomy.cache_dtype, roomy.passes) == (32, "float32", 1)
+
+
+def test_an_impossible_budget_is_one_clear_line():
+    with pytest.raises(ConfigError, match=r"clustering needs at least .* the budget is 1\.0 MiB: raise it") as caught:
         plan_memory(312_320, 8, budget=2**20)
+    assert "\n" not in str(caught.value)
+
+
+def test_initialising_from_a_source_is_initialising_from_the_rows():
+    rows, _ = planted_rows(120, 500, 3, 0.3)
+    source = RowSource(lambda: [(torch.arange(120), rows)], (120, 500), 64, rows.device)
+    one, two = (OnlineSVDClusterer(random_state=0).initialize(part) for part in (rows, source))
+    assert one.n_clusters_ == two.n_clusters_
+    assert torch.equal(one.labels_, two.labels_)
+    assert torch.allclose(one.cluster_centers_, two.cluster_centers_, atol=1e-5)
+
+
+def test_a_snapshot_keeps_only_what_is_in_the_caches(tmp_path):
+    rows, _ = planted_rows(200, 500, 3, 0.3)
+    clusterer = stream(OnlineSVDClusterer(3, 0).initialize(rows), rows)
+    clusterer.save(tmp_path)
+    numbers = clusterer._state.matrix.numel() + 1000
+    assert (tmp_path / "clusterer.safetensors").stat().st_size < 4 * numbers + 10_000
+
+
+def test_first_centroids_are_found_beside_stronger_directions_that_are_no_clusters():
+    """K - 1 dimensions would be taken up by them: twelve directions along which rows only vary."""
+    rows, truth = planted_rows(600, 3000, 4, 0.1)
+    generator = torch.Generator().manual_seed(1)
+    spread = torch.linalg.qr(torch.randn(3000, 12, generator=generator)).Q.T
+    rows = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    rows = rows + 0.17 * torch.randn(600, 12, generator=generator) @ spread
+    clusterer = OnlineSVDClusterer(4, 0).initialize(rows[:300])
+    assert adjusted_rand_score(truth, clusterer.predict(rows)) > 0.9
 
 
 def test_spherical_kmeans_recovers_directions():

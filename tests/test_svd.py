@@ -7,7 +7,7 @@ from planted import planted_rows
 
 from gradientspace.clustering.rank import estimate_rank
 from gradientspace.clustering.svd import gradient_svd
-from gradientspace.clustering.unit_rows import IdenticalRowsError, RowsError
+from gradientspace.clustering.unit_rows import IdenticalRowsError, RowsError, RowSource
 
 
 def unit_rows(rows, center):
@@ -55,6 +55,32 @@ def test_rows_without_a_direction_are_left_out():
     assert found.index.tolist() == kept
     assert torch.allclose(found.singular_values, gradient_svd(rows[kept], 4).singular_values)
     assert torch.isfinite(found.components).all()
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("columns", [7, 100, 300])
+def test_rows_made_again_block_by_block_give_the_same_decomposition(center, columns):
+    rows = planted_rows(40, 300, 3, 0.3, common=0.2)[0].double()
+    rows[3], rows[7, 5] = 0.0, float("nan")
+    passes = []
+
+    def batches():
+        passes.append(1)
+        for index in torch.randperm(40, generator=torch.Generator().manual_seed(1)).split(9):
+            yield index, rows[index]
+
+    source = RowSource(batches, (40, 300), columns, torch.device("cpu"))
+    whole, blocks = gradient_svd(rows, 4, center=center), gradient_svd(source, 4, center=center)
+    assert blocks.index.tolist() == whole.index.tolist()
+    assert torch.allclose(blocks.singular_values, whole.singular_values)
+    assert torch.allclose(blocks.components, whole.components, atol=1e-8)
+    assert torch.allclose(blocks.coordinates, whole.coordinates, atol=1e-8)
+    assert len(passes) == -(-300 // columns) + 1  # one a block, one to lift V
+
+
+def test_an_empty_source_is_one_clear_error():
+    with pytest.raises(RowsError, match="source of validation rows is empty"):
+        gradient_svd(RowSource(list, (4, 30), 10, torch.device("cpu")), 2)
 
 
 def test_no_usable_row_is_one_clear_error():

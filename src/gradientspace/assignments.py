@@ -98,7 +98,8 @@ class Assignments:
     @classmethod
     def read(cls, path: Path) -> Assignments:
         table = pq.read_table(path)
-        flat = {name: table[name].to_numpy() for name in ("cluster", "cosine", "margin", "norm", "loss")}
+        # Copies: what Arrow lends is read-only, and a pass that goes on fills these arrays.
+        flat = {name: table[name].to_numpy().copy() for name in ("cluster", "cosine", "margin", "norm", "loss")}
         more = {name: table[name].to_numpy() for name in ("online_cluster", "support") if name in table.column_names}
         more |= {name: _matrix(table, name) for name in ("coordinates", "predicted") if name in table.column_names}
         return cls(table["id"].to_pylist(), **flat, **more)
@@ -110,4 +111,4 @@ def _lists(matrix: np.ndarray) -> pa.FixedSizeListArray:
 
 def _matrix(table: pa.Table, name: str) -> np.ndarray:
     column = table[name].combine_chunks()
-    return column.flatten().to_numpy().reshape(len(column), column.type.list_size)
+    return column.flatten().to_numpy().reshape(len(column), column.type.list_size).copy()

@@ -18,10 +18,12 @@ import pyarrow.parquet as pq
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gradientspace.clustering import RowSource
+
 FILE = "validation.parquet"
 
 
-def unit_gram(gradients: Tensor) -> np.ndarray:
+def unit_gram(gradients: Tensor | RowSource) -> np.ndarray:
     """Inner products (M, M) float64 of the rows (M, D) as unit vectors; NaN for a row without a direction."""
     import torch
 
@@ -31,7 +33,7 @@ def unit_gram(gradients: Tensor) -> np.ndarray:
     gram = torch.zeros(len(unit.index), len(unit.index), dtype=torch.float64)
     for _, block in unit.blocks():
         gram += (block @ block.T).double().cpu()
-    full = np.full((len(gradients), len(gradients)), np.nan)
+    full = np.full((gradients.shape[0], gradients.shape[0]), np.nan)
     kept = unit.index.cpu().numpy()
     full[np.ix_(kept, kept)] = gram.numpy()
     return full

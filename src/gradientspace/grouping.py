@@ -18,10 +18,12 @@ import pyarrow.parquet as pq
 import torch
 
 from gradientspace.assignments import Assignments
+from gradientspace.checkpoint import PassCheckpoint
 from gradientspace.clustering import MemoryPlan, OnlineSVDClusterer, RowSource, spherical_kmeans
 from gradientspace.clustering.kmeans import merge_small_clusters
 from gradientspace.clustering.settle import moved_share, settle_by_coordinates
 from gradientspace.clustering.stability import kmeans_stability, online_stability
+from gradientspace.clustering.unit_rows import Rows
 from gradientspace.config import ClusteringConfig, GradientSpaceConfig
 from gradientspace.conflict import FILE as GRAM_FILE
 from gradientspace.conflict import unit_gram, write_gram
@@ -30,9 +32,10 @@ from gradientspace.encoder import Encoder
 from gradientspace.evaluation import variance_shares
 from gradientspace.gradients import GradientBatch, PerSampleGradients
 from gradientspace.gradients.engine import GRADIENT_BYTES
+from gradientspace.gradients.store import fingerprint
 from gradientspace.progress import Progress, say
 from gradientspace.routable import RoutableMap
-from gradientspace.run_folder import write_json
+from gradientspace.run_folder import CHECKPOINTS, write_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -99,14 +102,9 @@ def gradient_groups(
     """Cluster `data.fit` by full-dimension LoRA gradients of `model`'s adapter; writes the clustering folder."""
     options = config.clustering
     with PerSampleGradients(model) as engine:
-        clusterer = new_clusterer(options, config.seed)
-        plan = _plan(clusterer, options, engine.dim)
-        validation = _validation_gradients(engine, data.validation, config, plan)
-        write_gram(folder / GRAM_FILE, [s.id for s in data.validation], unit_gram(validation))
-        clusterer.initialize(validation)
-        del validation
-        _announce(clusterer)
-        fit = _learn(engine, clusterer, data.fit, config)
+        weights = fingerprint(engine, data.fit)
+        checkpoint = PassCheckpoint(folder / CHECKPOINTS, weights, keep=folder / GRAM_FILE)
+        clusterer, fit = _online_pass(engine, data, config, checkpoint)
         online = fit.cluster.copy()
         if options.target == "routable" and clusterer.n_clusters_ > 1:
             embeddings = encoder.encode([s.prompt for s in data.fit])
@@ -134,7 +132,28 @@ def gradient_groups(
     clusterer.save(folder)
     fit.write(folder / "assignments.parquet")
     judged.write(folder / "held_out.parquet")
+    checkpoint.remove()
     return Groups(fit.cluster, judged.cluster, clusterer.n_clusters_, facts)
+
+
+def _online_pass(
+    engine: PerSampleGradients, data: Dataset, config: GradientSpaceConfig, checkpoint: PassCheckpoint
+) -> tuple[OnlineSVDClusterer, Assignments]:
+    """Validation gradients, then one pass over `fit`; goes on from the checkpoint where there is one."""
+    if (reached := checkpoint.load(engine.device)) is not None:
+        clusterer, table, behind = reached
+        say(f"  the online pass goes on after {behind} batches")
+    else:
+        clusterer, behind = new_clusterer(config.clustering, config.seed), 0
+        plan = _plan(clusterer, config, engine.dim)
+        validation = _validation_gradients(engine, data.validation, config, plan)
+        write_gram(checkpoint.keep, [s.id for s in data.validation], unit_gram(validation))
+        clusterer.initialize(validation)
+        del validation
+        _announce(clusterer)
+        table = Assignments.empty(data.fit, len(clusterer.components_))
+    _learn(engine, clusterer, table, data.fit, config, checkpoint, behind)
+    return clusterer, table
 
 
 def new_clusterer(options: ClusteringConfig, seed: int) -> OnlineSVDClusterer:
@@ -153,9 +172,10 @@ def new_clusterer(options: ClusteringConfig, seed: int) -> OnlineSVDClusterer:
     )
 
 
-def _plan(clusterer: OnlineSVDClusterer, options: ClusteringConfig, dim: int) -> MemoryPlan:
+def _plan(clusterer: OnlineSVDClusterer, config: GradientSpaceConfig, dim: int) -> MemoryPlan:
     """Print what the pass will hold, and let caches and validation blocks shrink to the budget."""
-    budget = options.memory_budget_gib
+    rows, budget = max(1, min(LARGEST_BATCH, GRADIENT_BYTES // (4 * dim))), config.clustering.memory_budget_gib
+    clusterer.set_params(n_validation=config.data.n_validation, batch_size=rows)
     plan = clusterer.plan_memory(dim, None if budget is None else round(budget * 2**30))
     say(plan.table())
     clusterer.set_params(cache_size=plan.cache_size, cache_dtype=plan.cache_dtype)
@@ -176,9 +196,9 @@ def _validation_gradients(
 
     if plan.passes > 1:
         return RowSource(batches, (len(samples), engine.dim), plan.columns, engine.device)
-    matrix = torch.zeros(len(samples), engine.dim)  # a sample that is left out stays zero
+    matrix = torch.zeros(len(samples), engine.dim, device=engine.device)  # a sample that is left out stays zero
     for indices, gradients in batches():
-        matrix[indices] = gradients
+        matrix[indices.to(engine.device)] = gradients
     return matrix
 
 
@@ -195,30 +215,32 @@ def _announce(clusterer: OnlineSVDClusterer) -> None:
 def _spectrum(clusterer: OnlineSVDClusterer) -> dict[str, Any]:
     """What is known of K: the estimate with its evidence, and the energy that the kept directions hold."""
     estimate = clusterer.rank_estimate_
-    energy = np.asarray(clusterer.explained_energy_)
+    energy = _array(clusterer.explained_energy_)
     kept = min(len(clusterer.components_), len(energy))
     return {
         "estimate": estimate.to_dict() if estimate else None,
         "components": kept,
         "energy_of_components": float(energy[kept - 1]),
-        "singular_values": np.asarray(clusterer.singular_values_)[:64].tolist(),
+        "singular_values": _array(clusterer.singular_values_)[:64].tolist(),
     }
 
 
 def _learn(
     engine: PerSampleGradients,
     clusterer: OnlineSVDClusterer,
+    table: Assignments,
     samples: Sequence[Sample],
     config: GradientSpaceConfig,
-) -> Assignments:
+    checkpoint: PassCheckpoint,
+    behind: int,
+) -> None:
     """The one online pass over `fit`: assign every sample, then let the centroids follow."""
-    table = Assignments.empty(samples, len(clusterer.components_))
-    with Progress("gradients", len(samples), "sample") as progress:
-        for batch in _batches(engine, samples, config):
+    with Progress("gradients", len(samples) - int((table.norm > 0).sum()), "sample") as progress:
+        for number, batch in enumerate(_batches(engine, samples, config, skip=behind), start=behind + 1):
             table.fill(batch, clusterer.partial_fit(batch.gradients).assignment_)
+            checkpoint.offer(clusterer, table, number)
             progress.advance(len(batch.indices))
     clusterer.finalize()
-    return table
 
 
 def _judge(
@@ -232,7 +254,7 @@ def _judge(
     The variance uses uncentred unit gradients that took no part in clustering, with float64 sums.
     """
     table = Assignments.empty(samples, len(clusterer.components_))
-    sums = torch.zeros(clusterer.n_clusters_, engine.dim, dtype=torch.float64)
+    sums = torch.zeros(clusterer.n_clusters_, engine.dim, dtype=torch.float64, device=engine.device)
     counts = torch.zeros(clusterer.n_clusters_, dtype=torch.float64)
     with Progress("held-out gradients", len(samples), "sample") as progress:
         for batch in _batches(engine, samples, config):
@@ -242,9 +264,9 @@ def _judge(
             usable = labels >= 0
             units = batch.gradients[usable] / batch.norms[usable, None]
             sums.index_add_(0, labels[usable], units.double())
-            counts.index_add_(0, labels[usable], torch.ones(int(usable.sum()), dtype=torch.float64))
+            counts += torch.bincount(labels[usable].cpu(), minlength=len(counts))
             progress.advance(len(batch.indices))
-    return table, variance_shares(counts.numpy(), sums.numpy())
+    return table, variance_shares(counts.numpy(), _array(sums))
 
 
 def _make_routable(
@@ -264,7 +286,7 @@ def _make_routable(
     )
     usable = table.cluster >= 0
     routable.fit(embeddings, np.where(usable[:, None], table.coordinates, 0))
-    clusterer.replace_centers(routable.lift(clusterer.components_))
+    clusterer.replace_centers(routable.lift(_array(clusterer.components_)))
     table.predicted = np.where(usable[:, None], routable.predictions_, 0).astype(np.float32)
     table.relabel(np.asarray(routable.labels_), routable.centres_.numpy())
     say(f"  the prompt predicts {100 * routable.explained_:.1f} % of the coordinates' variance (out of fold)")
@@ -272,7 +294,7 @@ def _make_routable(
 
 
 def _merge_small(clusterer: OnlineSVDClusterer, table: Assignments, min_size: int) -> None:
-    labels, centres, _ = merge_small_clusters(table.cluster, clusterer.cluster_centers_, min_size)
+    labels, centres, _ = merge_small_clusters(table.cluster, _array(clusterer.cluster_centers_), min_size)
     if len(centres) < clusterer.n_clusters_:
         say(f"  {clusterer.n_clusters_ - len(centres)} clusters of fewer than {min_size} samples were merged")
         clusterer.replace_centers(centres)
@@ -284,8 +306,8 @@ def _settle(clusterer: OnlineSVDClusterer, table: Assignments, judged: Assignmen
     settled = settle_by_coordinates(
         table.cluster,
         table.coordinates,
-        np.asarray(clusterer.cluster_centers_),
-        np.asarray(clusterer.components_),
+        _array(clusterer.cluster_centers_),
+        _array(clusterer.components_),
         checked_coordinates=judged.coordinates,
         checked_labels=judged.cluster,
     )
@@ -294,11 +316,16 @@ def _settle(clusterer: OnlineSVDClusterer, table: Assignments, judged: Assignmen
     table.cluster = settled.labels
 
 
+def _array(values: Rows) -> np.ndarray:
+    """What the clusterer holds on any device, as NumPy."""
+    return torch.as_tensor(values).cpu().numpy()
+
+
 def _batches(
-    engine: PerSampleGradients, samples: Sequence[Sample], config: GradientSpaceConfig
+    engine: PerSampleGradients, samples: Sequence[Sample], config: GradientSpaceConfig, skip: int = 0
 ) -> Iterator[GradientBatch]:
     # Padding needs no id of its own: the engine masks it.
-    return engine.stream(samples, max_tokens=config.gradients.max_tokens_per_batch, seed=config.seed)
+    return engine.stream(samples, max_tokens=config.gradients.max_tokens_per_batch, seed=config.seed, skip=skip)
 
 
 def embedding_groups(data: Dataset, n_clusters: int, encoder: Encoder, seed: int) -> np.ndarray:

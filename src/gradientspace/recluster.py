@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from gradientspace.clustering import OnlineSVDClusterer
 from gradientspace.clustering.kmeans import merge_small_clusters, spherical_kmeans
 from gradientspace.clustering.settle import coordinate_energy, coordinate_labels
 from gradientspace.clustering.stability import SweepRow, kmeans_stability, sweep
+from gradientspace.conflict import FILE as GRAM_FILE
 from gradientspace.errors import InputError, RunFolderError
 from gradientspace.grouping import Groups
 from gradientspace.progress import say
@@ -70,6 +72,7 @@ def recluster(run: Run, n_clusters: int | None = None, seed: int | None = None) 
             routable = RoutableMap.load(folder / "routable")
             routable.n_clusters, routable.centres_ = len(new), torch.as_tensor(new, dtype=torch.float64)
             routable.save(partial / "routable")
+        shutil.copy(folder / GRAM_FILE, partial)
         fit.write(partial / "assignments.parquet")
         held.write(partial / "held_out.parquet")
         found.write_facts(partial)

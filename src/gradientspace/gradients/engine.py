@@ -192,6 +192,7 @@ class PerSampleGradients:
         pad_token_id: int = 0,
         shuffle: bool = True,
         store: str | Path | None = None,
+        skip: int = 0,
     ) -> Iterator[GradientBatch]:
         """Yield the gradients of all samples, batch by batch; memory does not grow with their number.
 
@@ -200,7 +201,8 @@ class PerSampleGradients:
         or gradient is not finite is left out of its batch, logged by row and listed in `excluded`.
 
         With `store`, a file of N x D float32 numbers, every row is also kept there; a later call with the
-        same samples and weights yields the same batches and computes only what is missing.
+        same samples and weights yields the same batches and computes only what is missing. The first `skip`
+        batches are left out, for a pass that goes on.
         """
         check_samples(samples)
         self.excluded = []
@@ -208,7 +210,7 @@ class PerSampleGradients:
         limit = max(1, GRADIENT_BYTES // (4 * self.dim))
         plan = plan_batches(lengths, max_tokens=max_tokens, max_samples=limit, seed=seed, shuffle=shuffle)
         kept = None if store is None else GradientStore.open(store, self, samples)
-        for indices in plan:
+        for indices in plan[skip:]:
             batch = kept.read(indices) if kept is not None else None
             if batch is None:
                 gradients = self.compute(collate([samples[i] for i in indices], pad_token_id))
