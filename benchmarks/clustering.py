@@ -9,6 +9,7 @@ Every cell is written as soon as it is measured, and a cell that the file has al
 quality     adjusted Rand index with the truth, seconds and bytes of one online pass, of spherical k-means on all full
             rows (the ceiling), of MiniBatchKMeans, and of random projections followed by k-means or BIRCH
 options     the same index for every option of the clusterer, on the settings that are hard
+preconditioning  real gradients divided by Adam's second moment, against as they are; needs --real
 n_clusters  how often the spectrum's K is right, on planted and on structureless data
 subspace    largest angle to the offline subspace of the validation basis and of the running SVD
 length      whether a row's length predicts its cluster, with batches of similar length in shuffled order
@@ -30,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from clustering_methods import METHODS, N_VALIDATION, Cell, online, unit
+from clustering_methods import EXPERIMENTS, METHODS, N_VALIDATION, Cell, online, unit
 from gradients import MODEL, QUICK_MODEL, make_model, make_samples
 from machine import describe
 from planted_stream import Planted
@@ -73,28 +74,28 @@ def quality_cells(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, 
         small = Planted(n=512, dim=4_000, n_clusters=4)
         yield "base", asdict(small), lambda: planted_cell(small)
         return
-    base = Planted(n=2048, dim=20_000)
-    settings = {f"D {dim:,}": replace(base, dim=dim) for dim in (10_000, 100_000)}
-    settings["D 1,000,000"] = replace(base, dim=1_000_000, n=1024)
-    settings |= {f"K {k}": replace(base, n_clusters=k) for k in (2, 16)}
-    settings |= {f"cosine {c}": replace(base, cosine=c) for c in (0.5, 0.02)}
-    settings |= {f"imbalance {r:g}": replace(base, imbalance=r) for r in (5.0, 20.0)}
-    settings["common 0.5"] = replace(base, common=0.5)
-    for decay, cosine in ((0.4, 0.1), (0.4, 0.05), (0.5, 0.2)):
-        settings[f"noise decay {decay}, cosine {cosine}"] = replace(base, noise_decay=decay, cosine=cosine)
-    for cosine in (0.01, 0.0025):
-        settings[f"D 100,000, cosine {cosine}"] = replace(base, dim=100_000, cosine=cosine)
-    settings["drift 60 degrees"] = replace(base, drift=60.0)
-    settings["outliers 10 %"] = replace(base, outliers=0.1)
-    for name, planted in settings.items():
-        rarest = float(planted.shares.min()) * N_VALIDATION
-        yield name, {**asdict(planted), "rarest_in_validation": rarest}, lambda p=planted: planted_cell(p)
     for k in (4, 8):
         for cosine in (0.2, 0.1, 0.05, 0.02):
             described = {"n": 0 if options.noise is None else len(options.noise), "n_clusters": k, "cosine": cosine}
             described |= {"noise": "real gradients", "rarest_in_validation": N_VALIDATION / k}
             name = f"real noise, K {k}, cosine {cosine}"
             yield name, described, lambda k=k, c=cosine: on_real_noise(options.noise, k, c)
+    base = Planted(n=2048, dim=20_000)
+    settings = {f"D {dim:,}": replace(base, dim=dim) for dim in (10_000, 100_000)}
+    settings |= {f"K {k}": replace(base, n_clusters=k) for k in (2, 16)}
+    settings |= {f"cosine {c}": replace(base, cosine=c) for c in (0.5, 0.02)}
+    settings |= {f"imbalance {r:g}": replace(base, imbalance=r) for r in (5.0, 20.0)}
+    settings["common 0.5"] = replace(base, common=0.5)
+    for decay, cosine in ((0.4, 0.1), (0.4, 0.05), (0.5, 0.2)):
+        settings[f"noise decay {decay}, cosine {cosine}"] = replace(base, noise_decay=decay, cosine=cosine)
+    for cosine in (0.005, 0.0025):
+        settings[f"D 100,000, cosine {cosine}"] = replace(base, dim=100_000, cosine=cosine)
+    settings["drift 60 degrees"] = replace(base, drift=60.0)
+    settings["outliers 10 %"] = replace(base, outliers=0.1)
+    settings["D 1,000,000"] = replace(base, dim=1_000_000, n=512)
+    for name, planted in settings.items():
+        rarest = float(planted.shares.min()) * min(N_VALIDATION, planted.n // 2)
+        yield name, {**asdict(planted), "rarest_in_validation": rarest}, lambda p=planted: planted_cell(p)
 
 
 def quality(options: argparse.Namespace) -> Measured:
@@ -143,16 +144,39 @@ def options(options: argparse.Namespace) -> Measured:
     for name, make in made.items():
 
         def measure(make=make) -> dict[str, Any]:
-            found: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
+            runs = {v: lambda cell, chosen=chosen: online(cell, **chosen)[0] for v, chosen in VARIANTS.items()}
+            runs |= EXPERIMENTS
+            found: dict[str, list[dict[str, float]]] = {variant: [] for variant in runs}
             for seed in range(seeds):
                 cell = make(seed)
-                for variant, chosen in VARIANTS.items():
-                    labels = online(cell, **chosen)[0]
-                    found[variant].append({kind: score(cell, one) for kind, one in labels.items()})
+                for variant, run in runs.items():
+                    found[variant].append({kind: score(cell, one) for kind, one in run(cell).items()})
             kinds = ("one pass", "final")
             return {"ari": {v: {k: float(np.mean([r[k] for r in rows])) for k in kinds} for v, rows in found.items()}}
 
         yield name, {"seeds": seeds}, measure
+
+
+def preconditioning(options: argparse.Namespace) -> Measured:
+    """Real gradients as they are, and divided by the root of their second moment: what their subspace holds, and how
+    stable plain clusters of them are."""
+    for name in ("rows", "adam") if options.real else ():
+
+        def measure(name=name) -> dict[str, Any]:
+            rows = torch.from_numpy(np.load(options.real / f"{name}.npy"))
+            domains = json.loads((options.real / "domains.json").read_text())
+            svd = gradient_svd(rows[:N_VALIDATION], 64)
+            assert svd.mean is not None
+            points = (unit(unit(rows) - svd.mean) @ svd.components.T).numpy()
+            found: dict[str, Any] = {"energy_of_64": float(np.square(points).sum(axis=1).mean())}
+            for k in (4, 8):
+                labels = np.asarray(spherical_kmeans(points, k, 10, 0)[0])
+                stability = kmeans_stability(points, labels, random_state=0).by_cause["all"].mean
+                agreement = float(adjusted_rand_score(domains, labels))
+                found[f"K {k}"] = {"stability": stability, "ari_with_domain": agreement}
+            return found
+
+        yield name, {"n": len(options.noise)}, measure
 
 
 def n_clusters(options: argparse.Namespace) -> Measured:
@@ -286,9 +310,15 @@ def recluster(options: argparse.Namespace) -> Measured:
 
 
 SECTIONS: dict[str, Callable[[argparse.Namespace], Measured]] = {
-    "quality": quality, "options": options, "n_clusters": n_clusters, "subspace": subspace, "length": length,
-    "cost": cost, "recluster": recluster,
-}  # fmt: skip
+    "quality": quality,
+    "options": options,
+    "preconditioning": preconditioning,
+    "n_clusters": n_clusters,
+    "subspace": subspace,
+    "length": length,
+    "cost": cost,
+    "recluster": recluster,
+}
 
 
 def main() -> None:
@@ -296,11 +326,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results there, and measure only what is missing")
     parser.add_argument("--quick", action="store_true", help="a smoke size, under a minute")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="which of: " + ", ".join(SECTIONS))
-    parser.add_argument("--real", type=Path, help="rows.npy of real_gradients.py, for the cells with real noise")
+    parser.add_argument("--real", type=Path, help="folder of real_gradients.py, for what needs real gradients")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    options.noise = torch.from_numpy(np.load(options.real)) if options.real else None
+    options.noise = torch.from_numpy(np.load(options.real / "rows.npy")) if options.real else None
     results = json.loads(options.json.read_text()) if options.json and options.json.is_file() else {}
     results["machine"] = describe("gradientspace", "scikit-learn")
     for section in options.sections.split(","):
