@@ -56,7 +56,11 @@ def warm_up(job: Job) -> None:
 
 def cluster(job: Job) -> None:
     """Stage II: gradients stream into the clusterer."""
-    job.run.stage("clustering", lambda folder: make_groups(job, folder).write(folder, job.data), inputs=("warmup",))
+
+    def make(folder: Path) -> None:
+        make_groups(job, folder).write(folder, job.data)
+
+    job.run.stage("clustering", make, inputs=("warmup",), resumable=True)
 
 
 def make_groups(job: Job, folder: Path) -> Groups:
