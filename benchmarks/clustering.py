@@ -80,7 +80,7 @@ def quality_cells(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, 
             described |= {"noise": "real gradients", "rarest_in_validation": N_VALIDATION / k}
             name = f"real noise, K {k}, cosine {cosine}"
             yield name, described, lambda k=k, c=cosine: on_real_noise(options.noise, k, c)
-    base = Planted(n=2048, dim=20_000)
+    base = Planted(n=1024, dim=20_000)
     settings = {f"D {dim:,}": replace(base, dim=dim) for dim in (10_000, 100_000)}
     settings |= {f"K {k}": replace(base, n_clusters=k) for k in (2, 16)}
     settings |= {f"cosine {c}": replace(base, cosine=c) for c in (0.5, 0.02)}
@@ -128,7 +128,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def options(options: argparse.Namespace) -> Measured:
     """Real noise needs `--real`; the planted settings have noise that fills few dimensions, and imbalance."""
-    base = Planted(n=512 if options.quick else 2048, dim=2_000 if options.quick else 20_000)
+    base = Planted(n=512 if options.quick else 1024, dim=2_000 if options.quick else 20_000)
     cells = {"noise decay 0.4, cosine 0.05": replace(base, noise_decay=0.4, cosine=0.05)}
     if not options.quick:
         cells["imbalance 20"] = replace(base, imbalance=20.0)
