@@ -210,12 +210,13 @@ def n_clusters(options: argparse.Namespace) -> Measured:
 
 
 def subspace(options: argparse.Namespace) -> Measured:
-    """Uncentred unit rows, whose K + 1 planted directions are the rank; the running SVD keeps 64."""
+    """Uncentred unit rows: what K clusters share is in each of their means, so the planted rank is K. The running SVD
+    keeps 64 directions."""
     for cosine in (0.1,) if options.quick else (0.5, 0.2, 0.1, 0.05, 0.02):
-        planted = Planted(n=768 if options.quick else 4096, dim=4_000 if options.quick else 20_000, cosine=cosine)
+        planted = Planted(n=768 if options.quick else 2048, dim=4_000 if options.quick else 20_000, cosine=cosine)
 
         def measure(planted=planted) -> dict[str, Any]:
-            rows, rank = torch.cat(list(planted.rows())), planted.n_clusters + 1
+            rows, rank = torch.cat(list(planted.rows())), planted.n_clusters
             frozen = gradient_svd(rows[:N_VALIDATION], 64, center=False)
             running = RunningSVD(64, frozen.components, frozen.singular_values)
             for batch in unit(rows[N_VALIDATION:]).split(128):
@@ -230,7 +231,8 @@ def subspace(options: argparse.Namespace) -> Measured:
 
 def length(options: argparse.Namespace) -> Measured:
     """Rows whose noise shrinks with their length, as that of long samples does, and which otherwise have 4 clusters."""
-    planted = Planted(n=512 if options.quick else 4096, dim=2_000 if options.quick else 20_000, n_clusters=4)
+    n, dim = (512, 2_000) if options.quick else (2048, 20_000)
+    planted = Planted(n=n, dim=dim, n_clusters=4, cosine=0.08, noise_decay=0.4)
 
     def measure() -> dict[str, Any]:
         rows, truth = torch.cat(list(planted.rows())), planted.labels()
