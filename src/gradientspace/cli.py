@@ -90,6 +90,21 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--output", type=Path, default=Path("compare.html"), help="where --compare writes its page")
     report.set_defaults(handler=_report, takes_overrides=True)
 
+    diagnose = commands.add_parser("diagnose", help="should this mix be split at all? minutes, before any expert")
+    diagnose.add_argument("config")
+    diagnose.set_defaults(handler=_diagnose, takes_overrides=True)
+
+    inspect = commands.add_parser("inspect", help="samples of a run by cluster, boundary, source or text; export them")
+    inspect.add_argument("run")
+    inspect.add_argument("--cluster", type=int, help="only this cluster; -1: samples without one")
+    inspect.add_argument("--boundary", action="store_true", help="only samples near a boundary, smallest margin first")
+    inspect.add_argument("--source", help="only this source")
+    inspect.add_argument("--text", help="only prompts that contain this, whatever the case")
+    inspect.add_argument("--sort", choices=("margin", "cosine", "loss", "norm"))
+    inspect.add_argument("--limit", type=int, default=10, help="samples shown (an export has them all)")
+    inspect.add_argument("--export", type=Path, help="a .jsonl or .parquet file, or a new folder for datasets")
+    inspect.set_defaults(handler=_inspect)
+
     route = commands.add_parser("route", help="which expert a prompt goes to, how sure, and the runner-up")
     route.add_argument("run")
     route.add_argument("prompt")
@@ -241,6 +256,26 @@ def _report(options: argparse.Namespace, overrides: list[str]) -> None:
     from gradientspace.pipeline import run
 
     _print_summary(run(load_config(options.run, overrides)).path)
+
+
+def _diagnose(options: argparse.Namespace, overrides: list[str]) -> None:
+    from gradientspace.diagnosis import diagnose
+    from gradientspace.diagnosis.words import text
+
+    print(text(*diagnose(load_config(options.config, overrides))))
+
+
+def _inspect(options: argparse.Namespace, _: list[str]) -> None:
+    from gradientspace.inspection import Filter, export, render, samples_of, select
+    from gradientspace.run_folder import Run
+
+    wanted = Filter(options.cluster, options.boundary, options.source, options.text, options.sort)
+    found = select(samples_of(Run.open(options.run)), wanted)
+    if options.export:
+        export(found, options.export)
+        print(f"{len(found)} samples written to {options.export}")
+    else:
+        print(render(found, options.limit))
 
 
 def _route(options: argparse.Namespace, _: list[str]) -> None:

@@ -227,6 +227,14 @@ class ExportConfig:
 
 
 @dataclass
+class DiagnosisConfig:
+    n_samples: int = 600
+    """Rows whose gradients `diagnose` takes: one half fits every grouping, the other judges it."""
+    pilot_steps: int = 100
+    """Optimiser steps of each arm of the pilot."""
+
+
+@dataclass
 class GradientSpaceConfig:
     name: str | None = None
     """Name of the run; default: the config file's stem."""
@@ -245,6 +253,7 @@ class GradientSpaceConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    diagnosis: DiagnosisConfig = field(default_factory=DiagnosisConfig)
 
     @property
     def run_folder(self) -> Path:
@@ -348,6 +357,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "experts.shared_share": (0.01, 0.99),
     "evaluation.per_device_eval_batch_size": (1, 65536),
     "evaluation.max_new_tokens": (1, 100_000),
+    "diagnosis.n_samples": (40, 100_000),
+    "diagnosis.pilot_steps": (2, 1_000_000),
 }
 
 

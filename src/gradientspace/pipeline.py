@@ -14,6 +14,7 @@ from gradientspace.fallback import choose_fallback
 from gradientspace.grouping import Groups, gradient_groups
 from gradientspace.job import Job
 from gradientspace.models import lora
+from gradientspace.progress import begin_step
 from gradientspace.report import write_report
 from gradientspace.routable import RoutableMap
 from gradientspace.router import RidgeHead, Router
@@ -26,7 +27,8 @@ def run(config: GradientSpaceConfig, until: str = "report") -> Run:
     """Run the method on `config` up to the step `until`; what is already in the run folder is not done again."""
     job = Job(Run.create(config.validate()))
     with job.run.lock():
-        for name, step in STEPS.items():
+        for number, (name, step) in enumerate(STEPS.items()):
+            begin_step(number, list(STEPS))
             step(job)
             if name == until:
                 break

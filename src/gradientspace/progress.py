@@ -6,15 +6,30 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 PLAIN_INTERVAL = 10.0
 """Seconds between two plain progress lines where the output is not a terminal."""
 
 
+_heading: list[str] = []
+"""The step that has begun but said nothing yet."""
+
+
+def begin_step(number: int, names: Sequence[str]) -> None:
+    """Name step `number` (from 0) of `names` and the one after it, before the first thing it says.
+
+    A step that finds all its work done says nothing, and is not named either.
+    """
+    following = f"; next: {names[number + 1]}" if number + 1 < len(names) else ""
+    _heading[:] = [f"[{number + 1}/{len(names)}] {names[number]}{following}"]
+
+
 def say(message: str) -> None:
     """One line on stderr, which keeps stdout for results."""
-    print(message, file=sys.stderr, flush=True)
+    for line in (*_heading, message):
+        print(line, file=sys.stderr, flush=True)
+    _heading.clear()
 
 
 class Progress:
@@ -33,6 +48,7 @@ class Progress:
     def advance(self, amount: float = 1) -> None:
         self.done += amount
         if self._bar is not None:
+            self._bar.set_postfix_str(_memory(), refresh=False)
             self._bar.update(amount)
             return
         now = time.monotonic()
@@ -41,7 +57,7 @@ class Progress:
             rate = self.done / (now - self._start)
             left = max(0.0, self.total - self.done) / rate if rate else float("inf")
             say(f"  {self.label}: {self.done:.0f}/{self.total:.0f} {self.unit}, "
-                f"{rate:.1f} {self.unit}/s, about {left:.0f} s left")  # fmt: skip
+                f"{rate:.1f} {self.unit}/s, about {left:.0f} s left, {_memory()}")  # fmt: skip
 
     def close(self) -> None:
         if self._bar is not None:
@@ -90,6 +106,10 @@ class PeakMemory:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+
+
+def _memory() -> str:
+    return f"{resident_bytes() / 2**30:.1f} GB"
 
 
 def resident_bytes() -> int:

@@ -1,0 +1,88 @@
+"""The verdict, and the diagnosis as text for the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gradientspace.plain_text import one_line
+from gradientspace.tables import render
+
+_SHOWN = 5
+
+
+def conclude(evidence: dict[str, Any]) -> dict[str, Any]:
+    """Add `verdict` (keep, split or fix) and `sentences`. Split only where the pilot's interval excludes zero."""
+    pilot, k = evidence["pilot"], evidence["k"]
+    if pilot is None:
+        sentences = [f"The gradients show no groups that pull apart: {evidence['k_reason']}."]
+        split = False
+    else:
+        d = pilot["difference"]
+        split = d["high"] < 0 and pilot["token_difference"] < 0
+        outcome = "gain" if d["high"] < 0 else "lose" if d["low"] > 0 else "make no clear difference"
+        sentences = [
+            f"In a pilot of {pilot['steps']} steps, {pilot['n_groups']} routed experts ({pilot['grouping']}) "
+            f"{outcome}: {d['mean']:+.4f} nats of dev loss against one adapter "
+            f"(95 % interval {d['low']:+.4f} to {d['high']:+.4f})."
+        ]
+        if d["high"] < 0 and not split:
+            sentences.append("The mean over tokens does not show the same gain, so it is not one.")
+    against = [row["name"] for row in evidence["sources"]["pulls"] if row["pull_on_others"]["high"] < 0]
+    if split:
+        verdict, headline = "split", f"Split into {k}."
+    elif against:
+        verdict, headline = "fix", f"Drop or fix {', '.join(one_line(name, 40) for name in against)}."
+        sentences.append("Its gradients pull against the rest of the mix, and experts do not mend that.")
+    else:
+        verdict, headline = "keep", "Keep one adapter."
+    return {**evidence, "verdict": verdict, "headline": headline, "sentences": sentences}
+
+
+def text(found: dict[str, Any], folder: Path) -> str:
+    """The whole diagnosis for the terminal, the verdict first."""
+    lines = [found["headline"], *found["sentences"], ""]
+    lines += [f"K tried: {found['k']} ({found['k_reason']})."]
+    lines += [f"{100 * found['negative_pairs']:.0f} % of the pairs of {found['n_samples']} samples pull apart.", ""]
+    lines += ["Held-out routed alignment, x 1e-3 (orders groupings at equal K only):", render(*_alignment(found)), ""]
+    if len(found["sources"]["names"]) > 1:
+        lines += ["Cosines between the sources' mean gradients:", render(*_cosines(found)), ""]
+    lines += ["By K:", render(*_by_k(found)), ""]
+    lines += _suspicious(found["suspicious"])
+    lines += ["", f"files    {folder / 'diagnosis.json'}"]
+    return "\n".join(lines)
+
+
+def _alignment(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for row in found["alignment"]:
+        first, gain = row["first_order"], row["over_one_adapter"]
+        interval = "" if row["name"] == "one adapter" else f"{1e3 * gain['low']:+.1f} to {1e3 * gain['high']:+.1f}"
+        rows.append([row["name"], str(row["n_groups"]), f"{1e3 * first['mean']:.1f}", interval,
+                     f"{1e3 * row['unit_step']['mean']:.0f}"])  # fmt: skip
+    return ["grouping", "K", "first order", "over one adapter", "unit step"], rows
+
+
+def _cosines(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    names = [one_line(name, 16) or "no source" for name in found["sources"]["names"]]
+    cells = [["" if v is None else f"{v:+.2f}" for v in row] for row in found["sources"]["cosines"]]
+    return ["", *names], [[name, *row] for name, row in zip(names, cells, strict=True)]
+
+
+def _by_k(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    columns = zip(found["stability"], found["variance"], found["embeddings_against_gradients"], strict=True)
+    rows = [
+        [str(s["n_clusters"]), f"{s['mean']:.2f} ({s['low']:.2f} to {s['high']:.2f})", f"{100 * v['share']:.1f} %",
+         f"{e['ari']:.2f}"] for s, v, e in columns
+    ]  # fmt: skip
+    return ["K", "stability", "held-out variance between groups", "embedding against gradient clusters (ARI)"], rows
+
+
+def _suspicious(found: dict[str, Any]) -> list[str]:
+    lines = [f"{found['found']} of {found['examined']} rows fight everything (likely mislabelled or off-template):"]
+    for row in found["rows"][:_SHOWN]:
+        lines.append(f"  {one_line(row['id'], 30)}, row {row['row']}, {row['deviations']:.1f} deviations: "
+                     f"{one_line(row['prompt'], 60)} -> {one_line(row['response'], 50)}")  # fmt: skip
+    if found["found"] > _SHOWN:
+        lines.append(f"  and {found['found'] - _SHOWN} more in diagnosis.json")
+    return lines if found["found"] else ["No row stands out as fighting everything."]
