@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -145,3 +146,18 @@ def test_a_run_killed_within_an_expert_continues_that_training(micro_model, micr
     assert (expert / "training.json").read_text() == (whole.path / "experts/1/training.json").read_text()
     assert not partial.exists()
     assert {p.name for p in expert.iterdir()} == {p.name for p in (whole.path / "experts/1").iterdir()}
+
+
+@pytest.mark.e2e
+def test_every_phase_of_a_run_can_stop_early(micro_model, micro_mix, tmp_path) -> None:
+    values = micro_values(micro_model, micro_mix, tmp_path)
+    values["training"] |= {"num_train_epochs": 8, "early_stopping_patience": 1, "eval_steps": 1, "learning_rate": 0.05}
+    values["clustering"] = {"method": "random", "n_clusters": 2, "target": "plain"}
+    folder = run(GradientSpaceConfig.from_dict(values), until="experts").path
+    names = ("warmup", "shared", "experts/0", "experts/1")
+    phases = [json.loads((folder / name / "training.json").read_text()) for name in names]
+    for phase in phases:
+        losses = {e["step"]: e["loss"] for e in phase["evaluations"]}
+        assert phase["best_step"] == min(losses, key=lambda step: losses[step])
+        assert phase["steps"] == max(losses)
+    assert phases[1]["steps"] < 4 * 14, "it would take 56 steps to the end"

@@ -235,7 +235,8 @@ def add_up(job: Job, rates: Rates) -> list[Estimate]:
     """Estimates of the stages of a run, in their order."""
     config, data, k = job.config, job.data, _clusters(job)
     fit, single = data.fit, job.expert_epochs
-    stages = [Estimate("data", rates.data, resident_bytes(), 4096 + 64 * len(fit), f"{len(fit):,} rows to fit")]
+    texts = sum(len(m["content"]) for s in (*fit, *held_out(data)) for m in s.messages)  # `rows/` holds them
+    stages = [Estimate("data", rates.data, resident_bytes(), texts, f"{len(fit):,} rows to fit")]
     stages.append(_training(job, rates, "warmup", data.warmup, config.warmup.num_train_epochs, base=rates.base))
     stages.append(_clustering(job, rates))
     if config.experts.start == "shared":

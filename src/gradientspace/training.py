@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import TrainerCallback, TrainingArguments
 
+    from gradientspace.early_stopping import KeepBest
+
 
 @dataclass
 class TrainingSummary:
@@ -102,14 +104,10 @@ def train_adapter(
     from transformers import PrinterCallback
 
     from gradientspace.checkpoints import ResumableTrainer, latest_checkpoint
-    from gradientspace.early_stopping import KeepBest
 
-    patience = config.early_stopping_patience
-    if patience is not None and not held_out:
-        say(f"  {label}: no held-out sample, so no early stopping")
-    keep_best = KeepBest(patience) if patience is not None and held_out else None
     rate = learning_rate if learning_rate is not None else config.learning_rate
-    arguments = {
+    keep_best = _early_stopping(config, held_out, label)
+    phase = {
         "num_train_epochs": epochs,
         "learning_rate": rate,
         "seed": seed,
@@ -122,15 +120,15 @@ def train_adapter(
     if keep_best:
         # An absolute number, since the checkpoints of a share are compared with it and found to differ.
         steps = config.eval_steps * (optimiser_steps(len(samples), config, epochs) if config.eval_steps < 1 else 1)
-        arguments |= {"eval_strategy": "steps", "eval_steps": math.ceil(steps)}
+        phase |= {"eval_strategy": "steps", "eval_steps": math.ceil(steps)}
     if config.report_to == "tensorboard" and logs:
-        arguments |= {"report_to": "none"}
+        phase["report_to"] = "none"
         callbacks = [*callbacks, _tensorboard(logs)]
     with _folder(checkpoints) as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")  # users can do nothing about it
         trainer = ResumableTrainer(
             model=model,
-            args=_arguments(config, output_dir=str(folder), **arguments),
+            args=_arguments(config, output_dir=str(folder), **phase),
             train_dataset=_Rows(samples),
             eval_dataset=_Rows(held_out) if keep_best else None,
             data_collator=lambda rows: pad_batch([row["sample"] for row in rows], pad_token_id),
@@ -142,9 +140,9 @@ def train_adapter(
         trainer.remove_callback(PrinterCallback)
         resume = latest_checkpoint(folder, made_from, label) if checkpoints else None
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        if config.report_to == "wandb":
-            # transformers leaves it open, and the next phase would go on in the same curve.
-            importlib.import_module("wandb").finish()
+    if config.report_to == "wandb":
+        # transformers leaves it open, and the next phase would go on in the same curve.
+        importlib.import_module("wandb").finish()
     model.eval()
     return TrainingSummary(
         samples=len(samples),
@@ -158,6 +156,17 @@ def train_adapter(
         sources=_counted(s.source for s in samples),
         domains=_counted(s.domain for s in samples),
     )
+
+
+def _early_stopping(config: TrainingConfig, held_out: Sequence[Sample], label: str) -> KeepBest | None:
+    from gradientspace.early_stopping import KeepBest
+
+    if config.early_stopping_patience is None:
+        return None
+    if not held_out:
+        say(f"  {label}: no held-out sample, so no early stopping")
+        return None
+    return KeepBest(config.early_stopping_patience)
 
 
 def _counted(labels: Iterable[str | None]) -> dict[str, int]:
