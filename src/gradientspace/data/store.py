@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, overload
 
@@ -23,6 +24,7 @@ from gradientspace.data.sample import Sample
 from gradientspace.data.shapes import Conversation
 
 _BATCH = 1024
+_TOKENS = ("input_ids", "labels")
 _TURN = pa.struct([("role", pa.string()), ("content", pa.string())])
 _SCHEMA = pa.schema(
     [
@@ -66,11 +68,11 @@ class SampleWriter:
     def __init__(self) -> None:
         self._file = _File()
         self._writer = pa.ipc.new_file(str(self._file.path), _SCHEMA)
-        self._waiting: list[dict[str, Any]] = []
+        self._waiting: list[Sample] = []
         self._count = 0
 
     def append(self, sample: Sample) -> None:
-        self._waiting.append(asdict(sample))
+        self._waiting.append(sample)
         self._count += 1
         if len(self._waiting) == _BATCH:
             self._flush()
@@ -83,8 +85,17 @@ class SampleWriter:
 
     def _flush(self) -> None:
         if self._waiting:
-            self._writer.write_batch(pa.RecordBatch.from_pylist(self._waiting, schema=_SCHEMA))
+            columns = [_column(f, [getattr(sample, f.name) for sample in self._waiting]) for f in _SCHEMA]
+            self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
             self._waiting = []
+
+
+def _column(field: pa.Field, values: list[Any]) -> pa.Array:
+    if field.name not in _TOKENS:
+        return pa.array(values, field.type)
+    # By way of numpy: Arrow would look at every number of a list of lists twice.
+    ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
+    return pa.ListArray.from_arrays(ends, np.fromiter(chain.from_iterable(values), np.int32, int(ends[-1])))
 
 
 class _File:
@@ -100,7 +111,7 @@ class _File:
     def sample(self, row: int) -> Sample:
         batch, place = self._reader.get_batch(row // _BATCH), row % _BATCH
         values = {name: batch.column(name)[place] for name in _SCHEMA.names}
-        tokens = {name: values.pop(name).values.to_numpy().tolist() for name in ("input_ids", "labels")}
+        tokens = {name: values.pop(name).values.to_numpy().tolist() for name in _TOKENS}
         return Sample(**tokens, **{name: value.as_py() for name, value in values.items()})
 
 
