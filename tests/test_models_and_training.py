@@ -10,6 +10,7 @@ import torch
 from micro_training import LORA, Micro, weights
 from safetensors.torch import load_file
 
+from gradientspace import models
 from gradientspace.config import LoraConfig, ModelConfig
 from gradientspace.data import pad_batch
 from gradientspace.errors import ConfigError, ModelError
@@ -120,3 +121,22 @@ def test_an_adapter_names_the_public_id_of_its_base(micro, tmp_path: Path) -> No
             save_adapter(model, tmp_path / "a", base)
         config = json.loads((tmp_path / "a/adapter_config.json").read_text())
         assert (config["base_model_name_or_path"], config["revision"]) == expected
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+@pytest.mark.parametrize(("option", "layer"), [("load_in_4bit", "Linear4bit"), ("load_in_8bit", "Linear8bitLt")])
+def test_an_adapter_trains_on_a_quantised_base(micro, tmp_path: Path, monkeypatch, option: str, layer: str) -> None:
+    """With bitsandbytes' CPU kernels; we ask users for a CUDA device, where it is fast."""
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    options_of = models._quantised
+
+    def on_the_cpu(config: ModelConfig, device: torch.device) -> dict:
+        return options_of(config, torch.device("cuda")) | {"device_map": {"": "cpu"}}
+
+    monkeypatch.setattr(models, "_quantised", on_the_cpu)
+    base = load_base(ModelConfig(model_name_or_path=str(micro.folder), device="cpu", **{option: True}))
+    assert type(base.get_submodule("model.layers.0.mlp.up_proj")).__name__ == layer
+    monkeypatch.setattr(micro, "base", base)
+    losses = micro.train(tmp_path / "a", epochs=10).losses
+    assert losses[-1]["loss"] < losses[0]["loss"] - 0.1
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(tmp_path / "a/adapter_model.safetensors").values())
