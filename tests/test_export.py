@@ -25,7 +25,7 @@ from gradientspace.run_folder import Run
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_gets_a_complete_folder(finished_run: Run, tmp_path: Path, engine: str) -> None:
     folder = export(finished_run, engine, tmp_path / engine)
-    assert {p.name for p in (folder / "adapters").iterdir()} == {"expert_0", "expert_1"}
+    assert {p.name for p in (folder / "adapters").iterdir()} == {"expert_0", "expert_1", "shared"}
     assert (folder / "README.md").read_text().startswith("# Experts")
     assert not list(tmp_path.glob("*.partial"))
     for script in folder.glob("*.sh"):
@@ -37,17 +37,19 @@ def test_every_engine_gets_a_complete_folder(finished_run: Run, tmp_path: Path, 
 @pytest.mark.e2e
 def test_vllm_gets_one_slot_more_than_adapters(finished_run: Run, tmp_path: Path) -> None:
     words = launch_words(export(finished_run, "vllm", tmp_path / "v"), "vllm.entrypoints.openai.api_server")
-    assert words[words.index("--max-loras") + 1] == "3"
+    assert words[words.index("--max-loras") + 1] == "4"
     assert words[words.index("--max-lora-rank") + 1] == "8"
     assert words[words.index("--host") + 1] == "127.0.0.1"
     at = words.index("--lora-modules")
-    assert words[at + 1 : at + 3] == ["expert_0=adapters/expert_0", "expert_1=adapters/expert_1"]
+    served = words[at + 1 : at + 4]
+    assert served == ["expert_0=adapters/expert_0", "expert_1=adapters/expert_1", "shared=adapters/shared"]
 
 
 @pytest.mark.e2e
 def test_sglang_counts_the_base_as_an_adapter(finished_run: Run, tmp_path: Path) -> None:
     words = launch_words(export(finished_run, "sglang", tmp_path / "s"), "sglang.launch_server")
-    assert words[words.index("--max-loras-per-batch") + 1] == "3"
+    assert words[words.index("--max-loras-per-batch") + 1] == "4"
+    assert "--upstream-name 'base:{name}'" in (tmp_path / "s/README.md").read_text()
     at = words.index("--lora-target-modules")
     assert words[at + 1 : at + 8] == sorted(words[at + 1 : at + 8])
     assert "q_proj" in words[at:]
@@ -63,7 +65,7 @@ def test_ollama_and_litellm_files(finished_run: Run, tmp_path: Path) -> None:
     folder = export(finished_run, "litellm", tmp_path / "l")
     models = yaml.safe_load((folder / "config.yaml").read_text())["model_list"]
     assert [m["litellm_params"]["model"] for m in models] == [
-        "openai/auto", "openai/base", "openai/expert_0", "openai/expert_1",
+        "openai/auto", "openai/base", "openai/expert_0", "openai/expert_1", "openai/shared",
     ]  # fmt: skip
 
 

@@ -40,7 +40,7 @@ class _Parts:
     """What a folder is written from."""
 
     names: list[str]
-    """Names of the experts, `expert_0`, …, which are also their folders below `adapters/`."""
+    """Names of the adapters, `expert_0`, …, maybe `shared`, which are also their folders below `adapters/`."""
     base: str
     """Public id of the base, or its folder on this machine."""
     rank: int
@@ -56,21 +56,19 @@ def export(run: Run, engine: str, output: Path | None = None) -> Path:
 
     Raises `RunFolderError` where there are no experts yet, `ModelError` where the engine cannot serve them.
     """
-    from gradientspace.data import Template
-    from gradientspace.inference import expert_folders
+    from gradientspace.inference import adapters_of, named_folders, template_of
     from gradientspace.models import base_config, load_tokenizer, public_id
 
-    run.require("experts/0", f"experts {run.path}")
-    folders = expert_folders(run.path / "experts")
-    configs = [check_adapter(folder, engine) for folder in folders]
+    folders = named_folders(*adapters_of(run))
+    ranks = [check_adapter(folder, engine)["r"] for folder in folders.values()]
     check_base(base_config(run.config.model), engine)
-    template = Template(load_tokenizer(run.config.model), run.config.data.template, run.config.data.system_prompt)
+    template = template_of(run, load_tokenizer(run.config.model))
     public = public_id(run.config.model)
     parts = _Parts(
-        names=[f"expert_{k}" for k in range(len(folders))],
+        names=list(folders),
         base=public[0] if public else str(Path(run.config.model.model_name_or_path).expanduser().resolve()),
-        rank=served_rank(configs[0]["r"]),
-        target_modules=_modules(folders[0]),
+        rank=served_rank(ranks[0]),
+        target_modules=_modules(folders["expert_0"]),
         chat_template=template.jinja,
         is_plain=template.kind == "plain",
         stops=[str(t) for t in template.tokenizer.convert_ids_to_tokens(template.stop_ids)],
@@ -79,7 +77,7 @@ def export(run: Run, engine: str, output: Path | None = None) -> Path:
     output = output or run.path / "export" / engine
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    for name, folder in zip(parts.names, folders, strict=True):
+    for name, folder in folders.items():
         copy_adapter(folder, partial / "adapters" / name, parts.rank)
     for file, text in _WRITERS[engine](parts).items():
         write_text(partial / file, text)
@@ -195,7 +193,7 @@ def _vllm(parts: _Parts) -> dict[str, str]:
     return {
         "serve.sh": _script(parts, lines),
         "chat_template.jinja": parts.chat_template,
-        "README.md": _readme(parts, "vLLM", "pip install vllm", 8000, parts.names[0]),
+        "README.md": _readme(parts, "vLLM", "pip install vllm", 8000, "{name}"),
     }
 
 
@@ -213,7 +211,7 @@ def _sglang(parts: _Parts) -> dict[str, str]:
     return {
         "serve.sh": _script(parts, lines),
         "chat_template.jinja": parts.chat_template,
-        "README.md": _readme(parts, "SGLang", "pip install 'sglang[all]'", 30000, f"{BASE_NAME}:{parts.names[0]}"),
+        "README.md": _readme(parts, "SGLang", "pip install 'sglang[all]'", 30000, BASE_NAME + ":{name}"),
     }
 
 
@@ -300,7 +298,10 @@ def _script(parts: _Parts, lines: list[str]) -> str:
     return "\n".join(head) + "\n" + " \\\n  ".join(lines) + "\n"
 
 
-def _readme(parts: _Parts, engine: str, install: str, port: int, model: str) -> str:
+def _readme(parts: _Parts, engine: str, install: str, port: int, form: str) -> str:
+    """`form` is the engine's name of an adapter, with `{name}` for ours."""
+    model = form.format(name=parts.names[0])
+    naming = "" if form == "{name}" else f" --upstream-name '{form}'"
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
     url = f"http://127.0.0.1:{port}"
     return (
@@ -308,7 +309,7 @@ def _readme(parts: _Parts, engine: str, install: str, port: int, model: str) -> 
         f"    {install}\n    ./serve.sh\n\n"
         f"Base: `{parts.base}` (set `BASE` to another copy of it). One expert alone:\n\n"
         f"    curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n      -d '{body}'\n\n"
-        f"Routed: `gradientspace serve {parts.run} --upstream {url}` picks the expert of each prompt.\n"
+        f"Routed: `gradientspace serve {parts.run} --port 8080 --upstream {url}{naming}` picks each prompt's expert.\n"
     )
 
 
