@@ -87,14 +87,21 @@ def proxy_to(url: str, run: Run) -> UpstreamBackend:
 
 
 @pytest.fixture(scope="module")
-def served_run(finished_run: Run, micro_model: Path, micro_mix: Path, tmp_path_factory) -> Run:
-    """The micro run at a rank that vLLM serves."""
+def served_run(micro_model: Path, micro_mix: Path, tmp_path_factory) -> Run:
+    """A micro run of a rank and a head size that vLLM serves."""
+    import torch
     from conftest import micro_values
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     from gradientspace.config import GradientSpaceConfig
     from gradientspace.pipeline import run
 
-    values = micro_values(micro_model, micro_mix, tmp_path_factory.mktemp("served"))
+    base = tmp_path_factory.mktemp("served-base")
+    shutil.copytree(micro_model, base, dirs_exist_ok=True)
+    torch.manual_seed(0)
+    config = LlamaConfig.from_pretrained(micro_model, hidden_size=64, head_dim=32)
+    LlamaForCausalLM(config).save_pretrained(str(base))
+    values = micro_values(base, micro_mix, tmp_path_factory.mktemp("served"))
     values["lora"] = {"lora_r": 8, "lora_alpha": 16}
     values["evaluation"] = {"baselines": []}
     return run(GradientSpaceConfig.from_dict(values), until="router")
