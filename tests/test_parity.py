@@ -42,18 +42,20 @@ def test_an_adapter_that_does_nothing_is_caught(finished_run: Run) -> None:
         check_stacked(backend.model, {**backend.expected, "expert_0": backend.expected["base"]})
 
 
-def prints(shift: float) -> list[Fingerprint]:
-    return [Fingerprint([-1.0 - shift, -2.0], [-0.5 - shift, -0.7], ["a", "b"])] * len(parity.CANARIES)
+def print_of(shift: float) -> Fingerprint:
+    return Fingerprint(["a", "b"], [{"a": -0.5 - shift, "b": -2.0}, {"b": -0.7 - shift, "c": -3.0}])
 
 
-EXPECTED = {"base": prints(0.0), "expert_0": prints(0.3), "expert_1": prints(0.6)}
+EXPECTED = {
+    name: [print_of(s)] * len(parity.CANARIES) for name, s in {"base": 0, "expert_0": 0.3, "expert_1": 0.6}.items()
+}
 
 
 def upstream(answer):
     """Runs the check against an upstream whose answer is `answer(name, number of requests under way)`."""
     running = 0
 
-    async def ask(name: str, ids: list[int], _: int) -> Fingerprint:
+    async def ask(name: str, ids: list[int]) -> Fingerprint:
         nonlocal running
         running += 1
         await asyncio.sleep(0)
@@ -64,8 +66,13 @@ def upstream(answer):
     asyncio.run(check_upstream(ask, [[1]] * len(parity.CANARIES), EXPECTED))
 
 
+def moved(name: str, by: float) -> Fingerprint:
+    known = EXPECTED[name][0]
+    return Fingerprint(known.texts, [{token: p + by for token, p in top.items()} for top in known.tops])
+
+
 def test_an_honest_upstream_passes_with_its_rounding() -> None:
-    upstream(lambda name, _: Fingerprint([v + 0.02 for v in EXPECTED[name][0].read], [-9.0, -9.0], ["z", "z"]))
+    upstream(lambda name, _: moved(name, 0.02))
 
 
 @pytest.mark.parametrize(
@@ -82,12 +89,15 @@ def test_an_upstream_that_answers_with_another_adapter_is_caught(lie, message) -
 
 
 def test_an_upstream_with_other_weights_is_caught() -> None:
-    with pytest.raises(ParityError, match=r"differs from plain PEFT by 0\.\d+ nats"):
-        upstream(lambda name, _: Fingerprint([v - 0.1 for v in EXPECTED[name][0].read], [], []))
+    with pytest.raises(ParityError, match=r"differs from plain PEFT by 0\.1000 nats"):
+        upstream(lambda name, _: moved(name, -0.1))
     with pytest.raises(ParityError, match="differs from plain PEFT by inf nats"):
-        upstream(lambda name, _: Fingerprint([float("nan")] * 2, [], []))
+        upstream(lambda name, _: moved(name, float("nan")))
+    with pytest.raises(ParityError, match="differs from plain PEFT by inf nats"):
+        upstream(lambda name, _: Fingerprint([], []))
 
 
-def test_a_fingerprint_counts_what_is_written_until_texts_part() -> None:
-    one = Fingerprint([-1.0], [-1.0, -1.0, -1.0], ["a", "b", "c"])
-    assert one.distance(Fingerprint([-1.0], [-2.0, -2.0, -9.0], ["a", "b", "x"])) == pytest.approx(2 / 3)
+def test_fingerprints_are_compared_until_their_texts_part() -> None:
+    known = Fingerprint(["a", "b", "c"], [{"a": -1.0}, {"b": -1.0, "x": -2.0}, {"c": -1.0}])
+    found = Fingerprint(["a", "x", "c"], [{"a": -1.5}, {"x": -2.5, "unknown": 0.0}, {"c": -9.0}])
+    assert found.distance(known) == pytest.approx(0.5)

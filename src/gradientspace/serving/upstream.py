@@ -16,7 +16,7 @@ import httpx
 
 from gradientspace.errors import InputError
 from gradientspace.serving.backend import Call, Chunks, Reply
-from gradientspace.serving.parity import Fingerprint, Fingerprints, check_upstream
+from gradientspace.serving.parity import ASKED, WRITTEN, Fingerprint, Fingerprints, check_upstream
 from gradientspace.serving.protocol import ApiError, CompletionBody
 
 _PATHS = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
@@ -125,19 +125,16 @@ class UpstreamBackend:
                 f"the upstream {self.url} does not serve {', '.join(missing)}; it serves {', '.join(sorted(served))}"
             )
 
-    async def _fingerprint(self, name: str, canary: list[int], n_written: int) -> Fingerprint:
+    async def _fingerprint(self, name: str, canary: list[int]) -> Fingerprint:
         body = {
-            "model": self.upstream_name(name), "prompt": canary, "echo": True, "logprobs": 1,
-            "max_tokens": n_written, "temperature": 0,
+            "model": self.upstream_name(name), "prompt": canary, "temperature": 0, "logprobs": ASKED,
+            "max_tokens": WRITTEN, "ignore_eos": True,
         }  # fmt: skip
         try:
             response = await self._client.post("/v1/completions", json=body)
             response.raise_for_status()
             logprobs = response.json()["choices"][0]["logprobs"]
-            values, n = [float(value) for value in logprobs["token_logprobs"][1:]], len(canary) - 1
-            if len(values) < n:
-                raise ValueError(f"{len(values)} log-probabilities for a prompt of {n + 1} tokens")
-            return Fingerprint(values[:n], values[n:], logprobs["tokens"][n + 1 :])
+            return Fingerprint(list(logprobs["tokens"]), [dict(top) for top in logprobs["top_logprobs"]])
         except (httpx.HTTPError, ValueError, KeyError, TypeError, IndexError) as error:
             raise UpstreamError(f"the upstream {self.url} cannot be tested for parity: {error}") from error
 
