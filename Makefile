@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-browser test-all lint bench clean test-vllm test-lm-eval
+.PHONY: demo test test-browser test-all lint bench paper ablations figures clean test-vllm test-lm-eval
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,26 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/gradients.py --quick
+
+# The main table and everything measured beside it; killed and started again, it goes on. SEEDS=1 for a first look.
+SEEDS ?= 3
+MAIN_RUN := runs/real-mix-seed0
+paper: $(READY)
+	$(BIN)/gradientspace compare benchmarks/paper/real-mix.yaml --seeds $(SEEDS) --json benchmarks/results/real-mix.json
+	$(BIN)/python benchmarks/paper/similarity.py $(MAIN_RUN) --pairs ../shared/data/similarity/stsb.test.jsonl \
+		--json benchmarks/results/similarity.json
+	$(BIN)/python benchmarks/paper/theory.py $(MAIN_RUN) --json benchmarks/results/theory.json
+	$(BIN)/python benchmarks/paper/cost.py $(MAIN_RUN) --json benchmarks/results/inference-cost.json
+	$(BIN)/python benchmarks/paper/figures.py
+	$(BIN)/python benchmarks/results_page.py
+
+# ITEMS="k rank" for some of them.
+ablations: $(READY)
+	$(BIN)/python benchmarks/paper/ablations.py $(ITEMS) --seeds $(or $(ABLATION_SEEDS),1)
+	$(BIN)/python benchmarks/paper/figures.py
+
+figures: $(READY)
+	$(BIN)/python benchmarks/paper/figures.py
 
 clean:
 	rm -rf $(VENV) .venv-vllm .venv-lm-eval

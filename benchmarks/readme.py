@@ -1,38 +1,41 @@
 """Write the README's result from the committed `results/demo.json`, so that no number is typed by hand.
 
-gradientspace demo && python benchmarks/readme.py runs/demo      take over a finished demo
-python benchmarks/readme.py                                      write the README again from what is committed
+gradientspace compare runs/demo/config.yaml --seeds 3 --json benchmarks/results/demo.json
+python benchmarks/readme.py
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from gradientspace.run_folder import Run, write_json, write_text
+from results_table import RESULTS, read_table
+
+from gradientspace.run_folder import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks/results/demo.json"
 START, END = "<!-- result: written by benchmarks/readme.py -->", "<!-- end of result -->"
 SHOWN = {"single": "one LoRA on the mix", "random": "random groups", "embedding": "embedding clusters",
          "gradientspace": "**GradientSpace, routed**", "oracle": "best expert a prompt (oracle)"}  # fmt: skip
 
 
-def result_block(results: dict[str, Any]) -> str:
+def result_block(table: dict[str, Any]) -> str:
     """The README's table and verdict."""
-    methods, gain = results["methods"], results["comparisons"]["gradientspace - single"]["exact_match"]
-    ours, embedding = results["clustering"]["agreement"], results["groupings"]["embedding"]["agreement"]
+    methods, gain = table["methods"], table["methods"]["gradientspace"]["difference"]["exact_match"]
+    seeds = len(table["seeds"])
+    n = methods["single"]["overall"]["n"]
     rows = [
-        f"| {label} | {100 * methods[name]['overall']['exact_match']:.1f} % | {methods[name]['overall']['loss']:.3f} |"
+        f"| {label} | {100 * methods[name]['overall']['exact_match']['mean']:.1f} % "
+        f"| {methods[name]['overall']['loss']['mean']:.3f} |"
         for name, label in SHOWN.items()
     ]
+    ours, embedding = table["clustering"], table["groupings"]["embedding"]
     return "\n".join(
         [
             START,
-            f"On the demo's {methods['single']['overall']['n']} test prompts (four skills crossed with four topics, "
-            "equal training tokens, one seed):",
+            f"On the demo's {n:.0f} test prompts (four skills crossed with four topics, equal training tokens, "
+            f"{'one seed' if seeds == 1 else f'mean of {seeds} seeds'}):",
             "",
             "| | exact match | loss |",
             "|---|---|---|",
@@ -40,12 +43,16 @@ def result_block(results: dict[str, Any]) -> str:
             "",
             f"Routed minus one LoRA: {100 * gain['mean']:+.1f} points, 95 % interval {100 * gain['low']:+.1f} to "
             f"{100 * gain['high']:+.1f} (paired bootstrap). Gradient clusters agree with the skills (adjusted Rand "
-            f"{ours['domain']['ari']:.2f}; with the topics {ours['source']['ari']:.2f}), "
-            f"embedding clusters with the topics ({embedding['source']['ari']:.2f}; with the skills "
-            f"{embedding['domain']['ari']:.2f}).",
+            f"{rand(ours, 'domain')}; with the topics {rand(ours, 'source')}), "
+            f"embedding clusters with the topics ({rand(embedding, 'source')}; with the skills "
+            f"{rand(embedding, 'domain')}).",
             END,
         ]
     )
+
+
+def rand(grouping: dict[str, Any], label: str) -> str:
+    return f"{grouping['agreement'][label]['ari']['mean']:.2f}"
 
 
 def with_block(readme: str, block: str) -> str:
@@ -55,14 +62,9 @@ def with_block(readme: str, block: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("run", nargs="?", help="a finished demo run to take over")
-    run = parser.parse_args().run
-    if run:
-        RESULTS.parent.mkdir(exist_ok=True)
-        write_json(RESULTS, json.loads((Run.open(run).require("evaluation", "demo") / "results.json").read_text()))
+    argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None).parse_args()
     path = ROOT / "README.md"
-    write_text(path, with_block(path.read_text(), result_block(json.loads(RESULTS.read_text()))))
+    write_text(path, with_block(path.read_text(), result_block(read_table(RESULTS / "demo.json"))))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from gradientspace.checkpoint import PassCheckpoint
 from gradientspace.clustering import OnlineSVDClusterer
 from gradientspace.config import GradientSpaceConfig
 from gradientspace.pipeline import run
+from gradientspace.projection import ProjectedRows
 from gradientspace.run_folder import Run
 
 
@@ -69,3 +70,17 @@ def test_snapshots_wait_for_their_turn(tmp_path: Path) -> None:
     waiting = PassCheckpoint(tmp_path / "pass", "weights", keep=tmp_path, interval=1000.0)
     waiting.offer(OnlineSVDClusterer(2, 0).initialize(torch.randn(20, 30)), Assignments.empty([], 19), 3)
     assert not (tmp_path / "pass").exists()
+
+
+def test_projected_rows_are_kept_with_a_snapshot(tmp_path: Path) -> None:
+    clusterer, table = OnlineSVDClusterer(2, 0).initialize(torch.randn(20, 30)), Assignments.empty([], 19)
+    (tmp_path / "kept").write_text("made before the pass")
+    rows = [ProjectedRows(4, 30, 16, seed=0) for _ in range(2)]
+    rows[0].add(torch.tensor([1, 3]), torch.randn(2, 30))
+    first, second = (
+        PassCheckpoint(tmp_path / "pass", "w", keep=tmp_path / "kept", projected=each, interval=0.0) for each in rows
+    )
+    first.offer(clusterer, table, 1)
+    assert second.load(torch.device("cpu")) is not None
+    assert (rows[1].rows == rows[0].rows).all()
+    assert rows[1].rows.any()

@@ -196,10 +196,17 @@ def test_report_without_a_run_says_what_to_give(capsys: pytest.CaptureFixture[st
 @pytest.mark.e2e
 def test_compare_puts_methods_of_runs_on_one_table(finished_run: Run, tmp_path: Path, capsys) -> None:
     path = tmp_path / "table.json"
-    assert main(["compare", str(finished_run.path), str(finished_run.path), "--json", str(path)]) == 0
+    assert main(["compare", str(finished_run.path), "--json", str(path)]) == 0
     assert "minus single" in capsys.readouterr().out
     table = json.loads(path.read_text())
-    assert table["methods"]["single"]["loss_difference"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    results = json.loads((finished_run.path / "evaluation/results.json").read_text())
+    expected = results["comparisons"]["gradientspace - single"]["loss"]
+    found = table["methods"]["gradientspace"]["difference"]["loss"]
+    assert found["mean"] == pytest.approx(expected["mean"])
+    assert found["low"] == pytest.approx(expected["low"], abs=0.01)
+    assert table["methods"]["random"]["overall"]["exact_match"]["mean"] == pytest.approx(
+        results["methods"]["random"]["overall"]["exact_match"]
+    )
     assert "no method 'nope'" in fails(capsys, "compare", str(finished_run.path), "--against", "nope")
 
 

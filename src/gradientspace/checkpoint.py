@@ -11,6 +11,7 @@ import torch
 
 from gradientspace.assignments import Assignments
 from gradientspace.clustering import OnlineSVDClusterer
+from gradientspace.projection import ProjectedRows
 from gradientspace.run_folder import write_json
 
 INTERVAL = 60.0
@@ -23,11 +24,20 @@ class PassCheckpoint:
     """Snapshots of one online pass in `folder`, the newest only.
 
     `belongs_to` names what the pass depends on (weights, samples, settings); a snapshot of another is ignored. The
-    file `keep`, written before the pass, is kept with the snapshots and put back by `load`.
+    file `keep`, written before the pass, is kept with the snapshots and put back by `load`, and so are the rows of
+    `projected`.
     """
 
-    def __init__(self, folder: Path, belongs_to: str, *, keep: Path, interval: float | None = None) -> None:
-        self.folder, self.belongs_to, self.keep = folder, belongs_to, keep
+    def __init__(
+        self,
+        folder: Path,
+        belongs_to: str,
+        *,
+        keep: Path,
+        projected: ProjectedRows | None = None,
+        interval: float | None = None,
+    ) -> None:
+        self.folder, self.belongs_to, self.keep, self.projected = folder, belongs_to, keep, projected
         self.interval = INTERVAL if interval is None else interval
         self._last = time.monotonic()
 
@@ -39,6 +49,8 @@ class PassCheckpoint:
         if record["belongs_to"] != self.belongs_to:
             return None
         shutil.copy(self.folder / self.keep.name, self.keep)
+        if self.projected:
+            self.projected.load(self.folder / "projected.safetensors")
         table = Assignments.read(self.folder / "assignments.parquet")
         return OnlineSVDClusterer.load(self.folder, str(device)), table, record["batches"]
 
@@ -52,6 +64,8 @@ class PassCheckpoint:
         clusterer.save(partial)
         shutil.copy(self.keep, partial)
         table.write(partial / "assignments.parquet")
+        if self.projected:
+            self.projected.save(partial / "projected.safetensors")
         write_json(partial / "pass.json", {"belongs_to": self.belongs_to, "batches": batches})
         self.remove()
         partial.rename(self.folder)

@@ -127,9 +127,11 @@ def _parser() -> argparse.ArgumentParser:
 
     compare = commands.add_parser("compare", help="several runs or configs, every method, on one table")
     compare.add_argument("runs", nargs="+", metavar="RUN_OR_CONFIG")
+    compare.add_argument("--seeds", type=int, help="run every config with this many seeds, from its own on")
+    compare.add_argument("--split", choices=("test", "dev_b"), help="evaluate on this split: dev_b for choices")
     compare.add_argument("--against", default="single", help="method of the first run that differences are from")
     compare.add_argument("--json", type=Path, help="also write the table as JSON")
-    compare.set_defaults(handler=_compare)
+    compare.set_defaults(handler=_compare, takes_overrides=True)
 
     export = commands.add_parser("export", help="a folder that an inference engine serves the experts from")
     export.add_argument("run")
@@ -304,17 +306,16 @@ def _generate(options: argparse.Namespace, _: list[str]) -> None:
     print(model.generate(options.prompt, expert=expert, max_new_tokens=options.max_new_tokens))
 
 
-def _compare(options: argparse.Namespace, _: list[str]) -> None:
-    from gradientspace.comparison import compare
-    from gradientspace.pipeline import run
-    from gradientspace.run_folder import Run, write_json
-    from gradientspace.tables import comparison_rows, render
+def _compare(options: argparse.Namespace, overrides: list[str]) -> None:
+    from gradientspace.run_folder import write_json
+    from gradientspace.study import run_all, table
+    from gradientspace.tables import render, study_rows
 
-    runs = [Run.open(p) if Path(p).is_dir() else run(load_config(p)) for p in options.runs]
-    table = compare(runs, against=options.against)
-    print(render(*comparison_rows(table)))
+    entries = run_all(options.runs, seeds=options.seeds, split=options.split, overrides=overrides)
+    found = table(entries, against=options.against)
+    print(render(*study_rows(found)))
     if options.json:
-        write_json(options.json, table)
+        write_json(options.json, found)
 
 
 def _export(options: argparse.Namespace, _: list[str]) -> None:

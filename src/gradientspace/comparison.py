@@ -1,28 +1,37 @@
-"""Evaluate every method of a run on the same held-out samples, and put several runs on one table."""
+"""Evaluate every method of a run on the same held-out samples."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gradientspace.arm import Arm
+from gradientspace.baselines import baseline_arm, grouping_of
+from gradientspace.baselines.adapters import one_adapter
 from gradientspace.calibration import expected_calibration_error
-from gradientspace.errors import InputError
-from gradientspace.evaluation import agreement, exact_matches, paired_bootstrap, summarise, verdict
+from gradientspace.config import InferenceMode
+from gradientspace.data.sample import IGNORE_INDEX
+from gradientspace.ensemble import ensemble_answers, ensemble_losses
+from gradientspace.evaluation import agreement, paired_bootstrap, summarise, verdict
 from gradientspace.grouping import Groups, held_out
 from gradientspace.inference import BASE, Experts, expert_folders
 from gradientspace.job import Job
 from gradientspace.models import padding_id
 from gradientspace.progress import say
-from gradientspace.router import Router
-from gradientspace.run_folder import Run, write_json
+from gradientspace.router import Fallback, Router
+from gradientspace.run_folder import write_json
+from gradientspace.scoring import distinct, score
 
 SCHEMA = 1
+MOST_UNEQUAL = 0.01
+UNEQUAL = ("single-long",)
+"""Arms that are given other budgets on purpose."""
 
 
 @dataclass
@@ -37,28 +46,25 @@ class Outcome:
 
 def evaluate(job: Job, folder: Path) -> None:
     """Stage `evaluation`: `results.json` and, for every sample and method, `samples.parquet`."""
-    samples = job.evaluated()
+    samples, rows = job.evaluated(), evaluated_rows(job)
     groups = Groups.read(job.run.path / "clustering")
     router = Router.load(job.run.path / "router", job.encoder)
     probabilities = router.predict_proba([s.prompt for s in samples])
-    routed = probabilities.argmax(axis=1)
-    rows = {s.id: i for i, s in enumerate(held_out(job.data))}
-    clusters = groups.held_out[[rows[s.id] for s in samples]]
+    clusters = groups.held_out[rows]
 
-    n = len(samples)
-    outcomes = {
-        "base": measure(job, [], np.full(n, BASE)),
-        "single": measure(job, [job.run.path / "single"], np.zeros(n, dtype=int)),
+    arms = {
+        "base": Arm([], np.full(len(samples), BASE), []),
+        "single": one_adapter(job, job.run.path / "single").of(rows),
+        **{name: baseline_arm(job, name).of(rows) for name in job.config.evaluation.baselines},
     }
-    for name in job.config.evaluation.baselines:
-        routes = Groups.read(job.run.path / f"baselines/{name}/groups").held_out
-        choice = routes[[rows[s.id] for s in samples]]
-        outcomes[name] = measure(job, expert_folders(job.run.path / f"baselines/{name}/experts"), choice)
-    experts = expert_folders(job.run.path / "experts")
-    by_expert = loss_of_every_expert(job, experts)
-    best = by_expert.argmin(axis=1)
-    outcomes["gradientspace"] = measure(job, experts, routed)
-    outcomes["oracle"] = measure(job, experts, best)
+    outcomes = {name: measure(job, arm) for name, arm in arms.items()}
+    by_expert = loss_of_every_expert(job, expert_folders(job.run.path / "experts"))
+    unsure = router.falls_back(probabilities)
+    ours = our_arms(job, probabilities, clusters, by_expert)
+    if unsure.any():
+        ours["gradientspace"] = with_fallback(job, ours["gradientspace"], unsure, router.fallback)
+    outcomes |= {name: measure(job, arm, by_expert) for name, arm in ours.items()}
+    arms |= ours
 
     domains = [s.domain or s.source or "all" for s in samples]
     results = {
@@ -68,7 +74,7 @@ def evaluate(job: Job, folder: Path) -> None:
         "split": job.config.evaluation.split,
         "domains": sorted(set(domains)),
         "methods": {
-            name: {**summarise(o.losses, o.tokens, domains, o.exact), **method_cost(job, name)}
+            name: {**summarise(o.losses, o.tokens, domains, o.exact), **variety(o, domains), **arms[name].cost()}
             for name, o in outcomes.items()
         },
         "comparisons": {
@@ -80,39 +86,88 @@ def evaluate(job: Job, folder: Path) -> None:
             **{name: fact for name, fact in groups.facts.items() if name != "variance"},
         },
         "groupings": {
-            name: describe_groups(job, Groups.read(job.run.path / f"baselines/{name}/groups"))
+            name: describe_groups(job, Groups.read(made))
             for name in job.config.evaluation.baselines
+            if (made := grouping_of(job, name)) is not None
         },
-        "router": describe_router(probabilities, routed, clusters, by_expert),
+        "router": describe_router(probabilities, probabilities.argmax(axis=1), clusters, by_expert)
+        | {"fallback_rate": float(unsure.mean())},
         "experts": {"loss_by_domain": expert_by_domain(by_expert, domains)},
         "variance": groups.facts.get("variance", {}),
     }
+    results["budget"] = token_budget(results["methods"])
     results["verdict"] = verdict(results)
     say(equal_budgets(results["methods"]))
     write_json(folder / "results.json", results)
     write_samples(folder / "samples.parquet", job, clusters, probabilities, outcomes)
 
 
-def measure(job: Job, folders: Sequence[Path], choice: np.ndarray) -> Outcome:
-    """Losses, and with `evaluation.exact_match` greedy answers, of the evaluated samples."""
+def evaluated_rows(job: Job) -> list[int]:
+    """Where the evaluated samples stand among the held-out rows."""
+    number = {s.id: i for i, s in enumerate(held_out(job.data))}
+    return [number[s.id] for s in job.evaluated()]
+
+
+def our_arms(job: Job, probabilities: np.ndarray, clusters: np.ndarray, by_expert: np.ndarray) -> dict[str, Arm]:
+    """GradientSpace, and its experts asked in the other ways that `evaluation.inference_modes` names."""
+    experts = expert_folders(job.run.path / "experts")
+    routed = probabilities.argmax(axis=1)
+    choices = {
+        "oracle": by_expert.argmin(axis=1),
+        # A sample without a usable gradient has no nearest centroid: it goes where its prompt is routed.
+        "nearest-centroid": np.where(clusters >= 0, clusters, routed),
+        "uniform-ensemble": np.full(probabilities.shape, 1 / probabilities.shape[1]),
+        "weighted-ensemble": probabilities,
+    }
+    asked = {"gradientspace": routed, **{mode: choices[mode] for mode in job.config.evaluation.inference_modes}}
+    return {name: Arm(experts, choice, [*job.shared_stage, *experts]) for name, choice in asked.items()}
+
+
+def with_fallback(job: Job, arm: Arm, unsure: np.ndarray, fallback: Fallback) -> Arm:
+    """The arm as it is served: the base or the shared adapter answers the rows (n,) that the router is unsure of.
+
+    With the fallback `error` nobody would; such a row is measured with the expert it would have had.
+    """
+    if fallback == "error":
+        return arm
+    if fallback == "base":
+        return Arm(arm.adapters, np.where(unsure, BASE, arm.choice), arm.trained)
+    return Arm([*arm.adapters, *job.shared_stage], np.where(unsure, len(arm.adapters), arm.choice), arm.trained)
+
+
+def measure(job: Job, arm: Arm, by_expert: np.ndarray | None = None) -> Outcome:
+    """Losses, and with `evaluation.exact_match` greedy answers, of the evaluated samples.
+
+    `by_expert` (n, E): losses that were measured already, from which one adapter a sample is only looked up.
+    """
     samples, options = job.evaluated(), job.config.evaluation
-    with Experts(job.base, folders) as experts:
-        losses, tokens = experts.losses(
-            samples, choice, batch_size=options.per_device_eval_batch_size,
-            pad_token_id=padding_id(job.tokenizer),
+    batches = {"batch_size": options.per_device_eval_batch_size, "pad_token_id": padding_id(job.tokenizer)}
+    with Experts(job.base, arm.adapters) as experts:
+        if arm.ensemble:
+            losses, tokens = ensemble_losses(experts, samples, arm.choice, **batches)
+        elif by_expert is not None and arm.choice.min() >= 0 and arm.choice.max() < by_expert.shape[1]:
+            losses = by_expert[np.arange(len(samples)), arm.choice]
+            tokens = np.array([sum(label != IGNORE_INDEX for label in s.labels[1:]) for s in samples])
+        else:
+            losses, tokens = experts.losses(samples, arm.choice, **batches)
+        answers = answer(job, experts, arm) if options.exact_match else None
+    exact = None if answers is None else np.array(score(answers, samples, options.scorers))
+    return Outcome(losses, tokens, answers, exact)
+
+
+def answer(job: Job, experts: Experts, arm: Arm) -> list[str]:
+    """Greedy answers to the evaluated samples' prompts."""
+    prompts, options = [s.prompt_ids for s in job.evaluated()], job.config.evaluation
+    if not arm.ensemble:
+        return experts.generate(
+            prompts, arm.choice, job.tokenizer, batch_size=options.per_device_eval_batch_size,
+            max_new_tokens=options.max_new_tokens, do_sample=False, eos_token_id=job.template.stop_ids,
         )  # fmt: skip
-        if not options.exact_match:
-            return Outcome(losses, tokens)
-        answers = experts.generate(
-            [s.prompt_ids for s in samples],
-            choice,
-            job.tokenizer,
-            batch_size=options.per_device_eval_batch_size,
-            max_new_tokens=options.max_new_tokens,
-            do_sample=False,
-            eos_token_id=job.template.stop_ids,
-        )
-    return Outcome(losses, tokens, answers, exact_matches(answers, [s.reference for s in samples]))
+    tokens = ensemble_answers(
+        experts, prompts, arm.choice, batch_size=options.per_device_eval_batch_size,
+        pad_token_id=padding_id(job.tokenizer), max_new_tokens=options.max_new_tokens, stop_ids=job.template.stop_ids,
+    )  # fmt: skip
+    return [text.strip() for text in job.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
 def loss_of_every_expert(job: Job, folders: Sequence[Path]) -> np.ndarray:
@@ -129,37 +184,41 @@ def loss_of_every_expert(job: Job, folders: Sequence[Path]) -> np.ndarray:
     return np.stack(columns, axis=1)
 
 
-def method_cost(job: Job, name: str) -> dict[str, Any]:
-    """Steps and tokens after the warm-up, adapter parameters and forward passes a token."""
-    if name == "base":
-        return {"steps": 0, "tokens": 0, "parameters": 0, "passes_per_token": 1}
-    if name == "single":
-        return job.cost([job.run.path / "single"])
-    prefix = "experts" if name in ("gradientspace", "oracle") else f"baselines/{name}/experts"
-    cost = job.cost(expert_folders(job.run.path / prefix))
-    if name == "oracle":
-        cost["passes_per_token"] = len(expert_folders(job.run.path / prefix))
-    return cost
+def variety(outcome: Outcome, domains: Sequence[str]) -> dict[str, Any]:
+    """`distinct`: the share of different word pairs in each domain's answers, where answers were generated."""
+    if outcome.answers is None:
+        return {}
+    pairs = list(zip(outcome.answers, domains, strict=True))
+    return {"distinct": {d: distinct([text for text, own in pairs if own == d], 2) for d in sorted(set(domains))}}
 
 
-def equal_budgets(costs: dict[str, dict[str, Any]]) -> str:
-    """One line that says whether the trained methods saw the same tokens: `costs` are those of `method_cost`."""
-    trained = {name: cost for name, cost in costs.items() if cost["tokens"] and name != "oracle"}
-    tokens = [cost["tokens"] for cost in trained.values()]
-    difference = 100 * (max(tokens) / min(tokens) - 1)
-    arms = "; ".join(f"{name} {cost['steps']:,} steps, {cost['tokens']:,} tokens" for name, cost in trained.items())
-    verdict = "the same tokens" if difference <= 1 else "NOT the same tokens: compare with care"
+def token_budget(methods: dict[str, Any]) -> dict[str, Any]:
+    """Do the trained arms see the same tokens? `largest_difference` is relative to the fewest; 1 % is the limit."""
+    ways = get_args(InferenceMode)  # of asking experts that are counted already
+    tokens = {name: m["tokens"] for name, m in methods.items() if m["tokens"] and name not in (*UNEQUAL, *ways)}
+    difference = max(tokens.values()) / min(tokens.values()) - 1
+    return {"largest_difference": difference, "equal": difference <= MOST_UNEQUAL, "compared": list(tokens)}
+
+
+def equal_budgets(methods: dict[str, dict[str, Any]]) -> str:
+    """One line that says whether the trained methods saw the same tokens."""
+    budget = token_budget(methods)
+    costs = {name: methods[name] for name in budget["compared"]}
+    arms = "; ".join(f"{name} {cost['steps']:,} steps, {cost['tokens']:,} tokens" for name, cost in costs.items())
+    verdict = "the same tokens" if budget["equal"] else "NOT the same tokens: compare with care"
+    difference = 100 * budget["largest_difference"]
     return f"  {verdict} for every trained method (largest difference {difference:.2f} %): {arms}"
 
 
 def comparisons(methods: Sequence[str]) -> list[tuple[str, str]]:
     """Which pairs get an interval: every trained method against `single`, ours against every baseline."""
-    others = [m for m in methods if m not in ("base", "single", "gradientspace", "oracle")]
+    modes = [m for m in methods if m in get_args(InferenceMode)]
+    others = [m for m in methods if m not in ("base", "single", "gradientspace", *modes)]
     return [
         ("gradientspace", "single"),
         *((m, "single") for m in others),
         *(("gradientspace", m) for m in others),
-        ("oracle", "gradientspace"),
+        *((m, "gradientspace") for m in modes),
     ]
 
 
@@ -184,9 +243,14 @@ def compare_outcomes(a: Outcome, b: Outcome, domains: Sequence[str], seed: int) 
 def describe_groups(job: Job, groups: Groups) -> dict[str, Any]:
     """Size of the groups and their agreement with the labels that the data carries (never used to train)."""
     labels = {"domain": [s.domain for s in job.data.fit], "source": [s.source for s in job.data.fit]}
+    domains = np.array([s.domain or s.source or "all" for s in job.data.fit])
     return {
         "n_clusters": groups.n_clusters,
         "sizes": groups.sizes,
+        "sizes_by_domain": {
+            str(d): np.bincount(groups.fit[(domains == d) & (groups.fit >= 0)], minlength=groups.n_clusters).tolist()
+            for d in np.unique(domains)
+        },
         "agreement": {
             name: agreement(groups.fit, [value or "" for value in values])
             for name, values in labels.items()
@@ -212,7 +276,6 @@ def describe_router(
         "calibration_error": expected_calibration_error(probabilities[known], clusters[known]),
         "regret": float((loss[known] - own).mean()),
         "oracle_gap": float((loss - by_expert.min(axis=1)).mean()),
-        "fallback_rate": 0.0,
     }
 
 
@@ -244,48 +307,3 @@ def write_samples(
             columns[f"exact_match:{name}"] = outcome.exact
             columns[f"answer:{name}"] = outcome.answers
     pq.write_table(pa.table(columns), path)
-
-
-# ------------------------------------------------------------------- several runs
-
-
-def compare(runs: Sequence[Run], *, against: str = "single") -> dict[str, Any]:
-    """Every method of every run beside each other, with paired differences from one of them.
-
-    Methods are named `RUN/METHOD` where there is more than one run. `against` is a method of the first run.
-    All runs must have been evaluated on the same samples. Raises `InputError` otherwise.
-    """
-    tables = {run.path.name: _read_samples(run) for run in runs}
-    leader, first = next(iter(tables.items()))
-    for name, table in tables.items():
-        if table["id"].to_pylist() != first["id"].to_pylist():
-            raise InputError(f"{name} was evaluated on other samples than {leader}: use the same data and seed")
-    if f"loss:{against}" not in first.column_names:
-        raise InputError(f"{leader} has no method {against!r}; it has {', '.join(_methods(first))}")
-    pairs = zip(first["domain"].to_pylist(), first["source"].to_pylist(), strict=True)
-    strata = [domain or source or "all" for domain, source in pairs]
-    rows = {}
-    for name, table in tables.items():
-        for method in _methods(table):
-            key = f"{name}/{method}" if len(tables) > 1 else method
-            rows[key] = _compare_row(table, method, first, against, strata)
-    return {"schema": SCHEMA, "against": against, "n": len(strata), "methods": rows}
-
-
-def _compare_row(table: pa.Table, method: str, first: pa.Table, against: str, strata: list[str]) -> dict[str, Any]:
-    row: dict[str, Any] = {}
-    for metric in ("loss", "exact_match"):
-        ours, theirs = f"{metric}:{method}", f"{metric}:{against}"
-        if ours in table.column_names and theirs in first.column_names:
-            values = table[ours].to_numpy()
-            row[metric] = float(values.mean())
-            row[f"{metric}_difference"] = paired_bootstrap(values - first[theirs].to_numpy(), strata)
-    return row
-
-
-def _methods(table: pa.Table) -> list[str]:
-    return [c.removeprefix("loss:") for c in table.column_names if c.startswith("loss:")]
-
-
-def _read_samples(run: Run) -> pa.Table:
-    return pq.read_table(run.require("evaluation", f"eval {run.path}") / "samples.parquet")

@@ -149,12 +149,15 @@ class WarmupConfig:
 class GradientsConfig:
     max_tokens_per_batch: int = 4096
     """Token budget of one batch of per-sample gradients, padding included."""
+    projection_dim: int = 0
+    """Also keep a random projection of every gradient to this many numbers, for the baselines `less` and
+    `projection-…`; a multiple of 2048, and 8192 in the literature. 0: none."""
 
 
 @dataclass
 class ClusteringConfig:
-    method: Literal["gradient", "embedding", "random", "source"] = "gradient"
-    """What the groups are made of: LoRA gradients, prompt embeddings, chance, or the named source."""
+    method: Literal["gradient", "embedding", "tfidf", "random", "source"] = "gradient"
+    """What the groups are made of: LoRA gradients, prompt embeddings, words of the prompt, chance, or the source."""
     target: Literal["plain", "routable"] = "routable"
     """`plain`: the paper's online SVD clusters; `routable`: clusters of the part the prompt can predict."""
     n_clusters: int | Literal["auto"] = "auto"
@@ -206,10 +209,21 @@ class RouterConfig:
     """Who answers prompts that the router is unsure of, where dev_b shows that this lowers the loss."""
 
 
+Baseline = Literal[
+    "single-wide", "single-long", "random", "embedding", "tfidf", "source",
+    "plain", "less", "projection-512", "projection-2048", "elrea", "gradientspace-paper",
+]  # fmt: skip
+InferenceMode = Literal["oracle", "nearest-centroid", "uniform-ensemble", "weighted-ensemble"]
+
+
 @dataclass
 class EvaluationConfig:
-    baselines: list[Literal["random", "embedding", "source"]] = field(default_factory=list)
-    """Methods trained and evaluated beside base, single and gradientspace, from the same start and tokens."""
+    baselines: list[Baseline] = field(default_factory=list)
+    """Methods trained and evaluated beside base, single and gradientspace, with the same start and tokens (except
+    `single-long`: K times the tokens). What each one is: docs/baselines.md."""
+    inference_modes: list[InferenceMode] = field(default_factory=lambda: ["oracle"])
+    """Other ways to answer with the same experts: the best one a sample by its loss, the one whose centroid is
+    nearest to the sample's own gradient, or all of them, logits averaged evenly or by the router's probabilities."""
     split: Literal["test", "dev_b"] = "test"
     """`dev_b` for every choice; `test` once a committed table."""
     per_device_eval_batch_size: int = 32
@@ -218,6 +232,11 @@ class EvaluationConfig:
     """Also generate greedily and compare with the reference, white space normalised."""
     max_new_tokens: int = 64
     """Longest generated answer in tokens."""
+    scorers: dict[str, str] = field(default_factory=dict)
+    """Source or domain -> how its answers are scored: `exact` (the default), `number` (GSM8K), `answer` (TAT-QA) or
+    `code` (MBPP, HumanEval)."""
+    run_code: bool = False
+    """Let the scorer `code` run what the model wrote, in a subprocess with limits. Not a wall: see sandbox.py."""
 
 
 @dataclass
@@ -317,9 +336,31 @@ class GradientSpaceConfig:
             raise ConfigError(
                 f"router.fallback=shared needs experts.start=shared, which is {self.experts.start}; use base or error"
             )
+        for name, scorer in self.evaluation.scorers.items():
+            if scorer not in ("exact", "number", "answer", "code"):
+                raise ConfigError(f"evaluation.scorers: {name} is {scorer!r}; use exact, number, answer or code")
+            if scorer == "code" and not self.evaluation.run_code:
+                raise ConfigError(
+                    f"evaluation.scorers: {name} is scored by running what the model wrote; "
+                    "set evaluation.run_code=true if you trust it to"
+                )
+        projected = {"less": 8192, "projection-2048": 2048, "projection-512": 512}
+        for name, width in projected.items():
+            if name in self.evaluation.baselines and (self.clustering.method != "gradient" or not self._keeps(width)):
+                raise ConfigError(
+                    f"baseline {name} needs projected gradients: set gradients.projection_dim=8192 "
+                    f"(it is {self.gradients.projection_dim}) with clustering.method=gradient"
+                )
+        for name in ("plain", "gradientspace-paper"):
+            if name in self.evaluation.baselines and self.clustering.method != "gradient":
+                raise ConfigError(f"baseline {name} needs clustering.method=gradient, not {self.clustering.method}")
         if self.router.head == "ridge" and self.clustering.target != "routable":
             raise ConfigError("router.head=ridge needs clustering.target=routable; use router.head=logistic")
         return self
+
+    def _keeps(self, width: int) -> bool:
+        kept = self.gradients.projection_dim
+        return kept >= width and kept % width == 0
 
 
 _INF = float("inf")
@@ -343,6 +384,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "training.eval_steps": (0.0001, 1_000_000),
     "warmup.num_train_epochs": (0.001, 10_000),
     "gradients.max_tokens_per_batch": (8, 10_000_000),
+    "gradients.projection_dim": (0, 1_048_576),
     "clustering.n_clusters": (1, 4096),
     "clustering.k_min": (1, 4096),
     "clustering.k_max": (1, 4096),

@@ -16,8 +16,8 @@ def summarise(
     """One method's numbers, overall and by domain.
 
     `loss` is the mean over samples of each sample's mean completion-token cross-entropy in nats; `token_loss` the
-    mean over tokens. `losses`, `tokens` and the 0/1 `exact` are (n,); the latter is absent where nothing was
-    generated.
+    mean over tokens, and `perplexity` its exponential. `losses`, `tokens` and the 0/1 `exact` are (n,); the latter is
+    absent where nothing was generated.
     """
 
     def numbers(rows: np.ndarray) -> dict[str, Any]:
@@ -26,6 +26,7 @@ def summarise(
             "token_loss": float((losses[rows] * tokens[rows]).sum() / tokens[rows].sum()),
             "n": int(rows.sum()),
         }
+        result["perplexity"] = float(np.exp(result["token_loss"]))
         if exact is not None:
             result["exact_match"] = float(exact[rows].mean())
         return result
@@ -75,12 +76,6 @@ def paired_bootstrap(
 
 def normalise_white_space(text: str) -> str:
     return " ".join(text.split())
-
-
-def exact_matches(answers: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """1.0 where an answer equals its reference up to white space, else 0.0; (n,)."""
-    pairs = zip(answers, references, strict=True)
-    return np.array([float(normalise_white_space(a) == normalise_white_space(r)) for a, r in pairs])
 
 
 def variance_shares(counts: np.ndarray, sums: np.ndarray) -> dict[str, float]:

@@ -34,12 +34,14 @@ from gradientspace.gradients import GradientBatch, PerSampleGradients
 from gradientspace.gradients.engine import GRADIENT_BYTES
 from gradientspace.gradients.store import fingerprint
 from gradientspace.progress import Progress, say
+from gradientspace.projection import ProjectedRows
 from gradientspace.routable import RoutableMap
 from gradientspace.run_folder import CHECKPOINTS, write_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
+PROJECTED = "projected.safetensors"
 # Rows of a streamed batch that the memory plan counts with; the engine's token budget keeps them below it.
 LARGEST_BATCH = 256
 
@@ -103,7 +105,9 @@ def gradient_groups(
     options = config.clustering
     with PerSampleGradients(model) as engine:
         weights = fingerprint(engine, data.fit)
-        checkpoint = PassCheckpoint(folder / CHECKPOINTS, weights, keep=folder / GRAM_FILE)
+        width = config.gradients.projection_dim
+        projected = ProjectedRows(len(data.fit), engine.dim, width, config.seed) if width else None
+        checkpoint = PassCheckpoint(folder / CHECKPOINTS, weights, keep=folder / GRAM_FILE, projected=projected)
         clusterer, fit = _online_pass(engine, data, config, checkpoint)
         online = fit.cluster.copy()
         if options.target == "routable" and clusterer.n_clusters_ > 1:
@@ -130,6 +134,8 @@ def gradient_groups(
         "variance": variance,
     }
     clusterer.save(folder)
+    if projected:
+        projected.save(folder / PROJECTED)
     fit.write(folder / "assignments.parquet")
     judged.write(folder / "held_out.parquet")
     checkpoint.remove()
@@ -234,10 +240,15 @@ def _learn(
     checkpoint: PassCheckpoint,
     behind: int,
 ) -> None:
-    """The one online pass over `fit`: assign every sample, then let the centroids follow."""
+    """The one online pass over `fit`: assign every sample, then let the centroids follow.
+
+    The checkpoint's projected rows take over the same gradients, so that baselines which project need no pass.
+    """
     with Progress("gradients", len(samples) - int((table.norm > 0).sum()), "sample") as progress:
         for number, batch in enumerate(_batches(engine, samples, config, skip=behind), start=behind + 1):
             table.fill(batch, clusterer.partial_fit(batch.gradients).assignment_)
+            if checkpoint.projected:
+                checkpoint.projected.add(batch.indices, batch.gradients)
             checkpoint.offer(clusterer, table, number)
             progress.advance(len(batch.indices))
     clusterer.finalize()

@@ -9,9 +9,9 @@ import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gradientspace.config import ClusteringConfig, GradientSpaceConfig
+from gradientspace.config import ClusteringConfig, GradientSpaceConfig, LoraConfig
 from gradientspace.data import Dataset, Sample, Template, load
 from gradientspace.encoder import Encoder
 from gradientspace.errors import ConfigError, RunFolderError
@@ -81,15 +81,17 @@ class Job:
         learning_rate: float | None = None,
         held_out: Callable[[], Sequence[Sample]] | None = None,
         served: bool = False,
+        shape: LoraConfig | None = None,
     ) -> Path:
         """Stage: one adapter trained on `samples()` from the adapter in `start`. Returns its folder.
 
         `held_out()` serves early stopping; default: `dev_a`. A killed training goes on from its last checkpoint.
-        An adapter that is to be `served` gets tokenizer and chat template beside it.
+        An adapter that is to be `served` gets tokenizer and chat template beside it. `shape` is the adapter's rank
+        and scale where they are not those of the run.
         """
 
         def make(folder: Path) -> None:
-            with lora(self.base, self.config.lora, start=start, seed=self.config.seed) as model:
+            with lora(self.base, shape or self.config.lora, start=start, seed=self.config.seed) as model:
                 summary = train_adapter(
                     model,
                     samples(),
@@ -146,16 +148,10 @@ class Job:
         """The adapter that every expert, and the single adapter beside them, starts from."""
         return self.run.path / self.start_stages[0] if self.start_stages else None
 
-    def cost(self, folders: Sequence[Path]) -> dict[str, Any]:
-        """Steps and tokens that went into these adapters after the warm-up, and their parameters."""
-        shared = [self.expert_start] if self.config.experts.start == "shared" and self.expert_start else []
-        summaries = [json.loads((f / "training.json").read_text()) for f in [*shared, *folders]]
-        return {
-            "steps": sum(s["steps"] for s in summaries),
-            "tokens": sum(s["tokens"] for s in summaries),
-            "parameters": sum(_adapter_numbers(f) for f in folders),
-            "passes_per_token": 1,
-        }
+    @property
+    def shared_stage(self) -> list[Path]:
+        """The shared adapter's folder, where there is one: a cost that every arm with that start has paid."""
+        return [self.run.path / "shared"] if self.config.experts.start == "shared" else []
 
 
 def check_n_clusters(options: ClusteringConfig, data: Dataset) -> None:
@@ -168,11 +164,3 @@ def check_n_clusters(options: ClusteringConfig, data: Dataset) -> None:
     )
     if wanted > len(rows):
         raise ConfigError(f"clustering.{key} is {wanted}, but there are {len(rows)} {what}: ask for fewer clusters")
-
-
-def _adapter_numbers(folder: Path) -> int:
-    from safetensors import safe_open
-
-    with safe_open(str(folder / "adapter_model.safetensors"), "np") as tensors:
-        shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys()]  # noqa: SIM118
-    return sum(rows * columns for rows, columns in shapes)

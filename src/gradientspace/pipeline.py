@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gradientspace import comparison
-from gradientspace.baselines import make_baseline_groups, train_baseline, train_single
+from gradientspace.baselines import train_baseline
+from gradientspace.baselines.adapters import train_single
+from gradientspace.baselines.groupings import make_groups as make_baseline_groups
 from gradientspace.cards import write_cards
 from gradientspace.config import GradientSpaceConfig
 from gradientspace.export import check_before_training
@@ -23,9 +25,12 @@ from gradientspace.rows import write_rows
 from gradientspace.run_folder import Run, write_json
 
 
-def run(config: GradientSpaceConfig, until: str = "report") -> Run:
-    """Run the method on `config` up to the step `until`; what is already in the run folder is not done again."""
-    job = Job(Run.create(config.validate()))
+def run(config: GradientSpaceConfig, until: str = "report", *, lenders: Sequence[Run] = ()) -> Run:
+    """Run the method on `config` up to the step `until`; what is already in the run folder is not done again.
+
+    Stages that one of the `lenders` has made from the same inputs and options are taken over from there.
+    """
+    job = Job(Run.create(config.validate(), lenders))
     with job.run.lock():
         for number, (name, step) in enumerate(STEPS.items()):
             begin_step(number, list(STEPS))

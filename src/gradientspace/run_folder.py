@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from gradientspace.config import GradientSpaceConfig, load_config
 from gradientspace.doctor import versions
 from gradientspace.errors import RunFolderError
 from gradientspace.progress import PeakMemory, say
+from gradientspace.sharing import link_folder, options_read
 from gradientspace.strict import differences
 
 VOLATILE = ("stages.json", ".lock")
@@ -35,13 +36,17 @@ SCHEMA = 1
 class Run:
     """One run folder. Create it with `Run.create(config)` or open an existing one with `Run.open(path)`."""
 
-    def __init__(self, path: Path, config: GradientSpaceConfig) -> None:
+    def __init__(self, path: Path, config: GradientSpaceConfig, lenders: Sequence[Run] = ()) -> None:
         self.path = path
         self.config = config
+        self.lenders = lenders
 
     @classmethod
-    def create(cls, config: GradientSpaceConfig) -> Run:
-        """The run folder of `config`, new or continued. Raises `RunFolderError` if it belongs to another config."""
+    def create(cls, config: GradientSpaceConfig, lenders: Sequence[Run] = ()) -> Run:
+        """The run folder of `config`, new or continued. Raises `RunFolderError` if it belongs to another config.
+
+        A stage that one of the `lenders` has made from the same inputs and options is taken over from there.
+        """
         path = config.run_folder
         recorded = path / "config.yaml"
         if recorded.is_file():
@@ -58,7 +63,7 @@ class Run:
             if not recorded.is_file():
                 write_json(path / "versions.json", versions())
                 write_text(recorded, _config_header() + config.to_yaml())
-        return cls(path, config)
+        return cls(path, config, lenders)
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -93,7 +98,7 @@ class Run:
         """
         target = self.path / name
         fingerprint = self.fingerprint(inputs)
-        if not again and self._is_usable(name, fingerprint):
+        if not again and (self._is_usable(name, fingerprint) or self._take_over(name, fingerprint)):
             return target
         partial = target.with_name(target.name + ".partial")
         with _explain_os_errors(self.path):
@@ -163,6 +168,32 @@ class Run:
             say(f"{name}: {damaged[0]} is missing or damaged (its hash differs); made again")
         return not damaged
 
+    def _take_over(self, name: str, fingerprint: dict[str, str]) -> bool:
+        """Link the stage's files from a lender that has the same one; False where nobody has."""
+        read = options_read(name, self.config)
+        for lender in self.lenders if read is not None else ():
+            entry = lender.manifest()["stages"].get(name)
+            if (
+                entry is None
+                or entry["inputs"] != fingerprint
+                or options_read(name, lender.config) != read
+                or any(_sha256(lender.path / name / f) != digest for f, digest in entry["files"].items())
+            ):
+                continue
+            target = self.path / name
+            partial = target.with_name(target.name + ".partial")
+            with _explain_os_errors(self.path):
+                for stale in (partial, target):
+                    shutil.rmtree(stale, ignore_errors=True)
+                partial.mkdir(parents=True)
+                link_folder(lender.path / name, partial)
+                partial.rename(target)
+                self._record(name, entry)
+                self._record_cost(name, {**lender.costs().get(name, {}), "made_in": lender.path.name})
+            say(f"{name}: the one of {lender.path.name}")
+            return True
+        return False
+
     def fingerprint(self, inputs: tuple[str, ...]) -> dict[str, str]:
         """Hash of each finished stage in `inputs`. Raises `RunFolderError` where one is missing."""
         stages = self.manifest()["stages"]
@@ -191,9 +222,12 @@ class Run:
         write_json(self.path / "manifest.json", manifest)
 
     def _record_cost(self, name: str, cost: dict[str, Any]) -> None:
+        write_json(self.path / "stages.json", {**self.costs(), name: cost})
+
+    def costs(self) -> dict[str, dict[str, Any]]:
+        """Seconds and peak memory of every stage that was made."""
         path = self.path / "stages.json"
-        costs = json.loads(path.read_text()) if path.is_file() else {}
-        write_json(path, {**costs, name: cost})
+        return json.loads(path.read_text()) if path.is_file() else {}
 
     # -------------------------------------------------------------------- lock
 
@@ -227,6 +261,10 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def digest(value: Any) -> str:

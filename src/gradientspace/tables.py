@@ -23,24 +23,37 @@ def method_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def comparison_rows(comparison: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """One row a method of `comparison.compare`: value and paired difference with its 95 % interval."""
-    metrics = [m for m in ("loss", "exact_match") if any(m in row for row in comparison["methods"].values())]
+def study_rows(table: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """One row a method of `study.table`: values, paired differences with intervals and signs, and what it costs."""
+    methods = table["methods"]
+    metrics = [m for m in ("loss", "exact_match") if any(m in row["overall"] for row in methods.values())]
     head = ["method"]
     for metric in metrics:
-        head += [metric.replace("_", " "), f"minus {comparison['against']}", "95 % interval"]
+        head += [metric.replace("_", " "), f"minus {table['against']}", "95 % interval", "seeds"]
+    head += ["clear", "tokens", "seconds", "peak MB", "passes"]
     rows = []
-    for name, row in comparison["methods"].items():
-        cells = [name]
+    for name, row in methods.items():
+        difference, cells = row.get("difference", {}), [name]
         for metric in metrics:
-            difference = row.get(f"{metric}_difference")
-            if difference is None:
-                cells += ["", "", ""]
-                continue
-            interval = f"{difference['low']:+.4f} to {difference['high']:+.4f}"
-            cells += [f"{row[metric]:.4f}", f"{difference['mean']:+.4f}", interval]
+            cells += [_number(row["overall"].get(metric)), *_difference_cells(difference.get(metric))]
+        clear = {True: "yes", False: "no"}.get(difference.get("clear"), "")
+        costs = [_number(row.get("seconds"), 1, ".0f"), _number(row.get("peak_memory_bytes"), 2**20, ".0f")]
+        cells += [clear, _number(row["tokens"], 1, ",.0f"), *costs, _number(row["passes_per_token"], 1, "g")]
         rows.append(cells)
     return head, rows
+
+
+def _number(value: dict[str, float] | None, unit: float = 1, form: str = ".4f") -> str:
+    return "" if value is None else format(value["mean"] / unit, form)
+
+
+def _difference_cells(difference: dict[str, Any] | None) -> list[str]:
+    """Mean, interval and the sign of every seed."""
+    if difference is None:
+        return ["", "", ""]
+    signs = "".join("+" if v > 0 else "-" if v < 0 else "0" for v in difference["by_seed"])
+    interval = f"{difference['low']:+.4f} to {difference['high']:+.4f}"
+    return [f"{difference['mean']:+.4f}", interval, signs]
 
 
 def render(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,0 +1,85 @@
+"""Ablations of the main table's config, on dev_b: one thing changed at a time, one seed first, more for what moves.
+
+    python benchmarks/paper/ablations.py                     every item, one seed
+    python benchmarks/paper/ablations.py k rank --seeds 3    some of them, three seeds
+    python benchmarks/paper/ablations.py --list
+
+Each item writes `benchmarks/results/ablations/ITEM.json`. Killed and started again, it goes on: variants are ordinary
+runs under `runs/ablations`, and stages that variants have in common (mostly warm-up and gradients) are made once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, ROOT, describe, write_results
+
+from gradientspace.config import GradientSpaceConfig, load_config
+from gradientspace.study import entries, run_configs, table
+from gradientspace.tables import render, study_rows
+
+CONFIG = ROOT / "benchmarks/paper/real-mix.yaml"
+# The online clusterer's own options show where its labels are used as they are.
+PLAIN = {"clustering.target": "plain"}
+NO_BASELINES = {"evaluation.baselines": [], "gradients.projection_dim": 0, "evaluation.inference_modes": ["oracle"]}
+WIDTHS = ["plain", "less", "projection-2048", "projection-512"]
+ITEMS: dict[str, list[dict[str, Any]]] = {
+    "k": [{"clustering.n_clusters": k} for k in (2, 4, 8, 16, 32)],
+    "start": [{"experts.start": start} for start in ("shared", "warmup", "fresh")],
+    "shared_share": [{"experts.shared_share": share} for share in (0.25, 0.5, 0.75)],
+    "target": [{"clustering.target": target} for target in ("routable", "plain")],
+    "components": [{"clustering.n_components": q} for q in (16, 64, 256)],
+    "ridge": [{"clustering.ridge": ridge} for ridge in (0.1, 1.0, 10.0)],
+    "cache": [{**PLAIN, "clustering.cache_size": n} for n in (8, 32, 128)],
+    "momentum": [{**PLAIN, "clustering.momentum": m} for m in (0.03, 0.1, 0.3)],
+    "update": [{**PLAIN, "clustering.update": rule} for rule in ("svd", "mean", "running")],
+    "centring": [{"clustering.center": center} for center in (True, False)],
+    "warmup": [{"data.warmup_fraction": share} for share in (0.05, 0.1, 0.2)],
+    "validation": [{"data.n_validation": m} for m in (128, 512, 1024)],
+    "rank": [{"lora.lora_r": r, "lora.lora_alpha": 2 * r} for r in (4, 8, 16)],
+    "projection": [{"evaluation.baselines": WIDTHS, "gradients.projection_dim": 8192}],
+}
+
+
+def variants(item: str, config: Path, output_dir: str) -> list[GradientSpaceConfig]:
+    """The configs of one item, named by what they change."""
+    made = []
+    for changes in ITEMS[item]:
+        words = [str(w) for key, value in {**NO_BASELINES, **changes}.items() for w in (f"--{key}", value)]
+        variant = load_config(config, words)
+        variant.name = f"{item}-" + "-".join(short(value) for value in changes.values())
+        variant.output_dir = output_dir
+        made.append(variant)
+    return made
+
+
+def short(value: Any) -> str:
+    return "widths" if isinstance(value, list) else str(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("items", nargs="*", metavar="ITEM", help=f"default: all of {', '.join(ITEMS)}")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--output-dir", default="runs/ablations")
+    parser.add_argument("--json-dir", type=Path, default=RESULTS / "ablations")
+    options = parser.parse_args()
+    if options.list:
+        print("\n".join(f"{name:13} {', '.join(map(str, changes))}" for name, changes in ITEMS.items()))
+        return
+    unknown = [item for item in options.items if item not in ITEMS]
+    if unknown:
+        parser.error(f"unknown item {unknown[0]!r}: known are {', '.join(ITEMS)}")
+    for item in options.items or ITEMS:
+        runs = run_configs(variants(item, options.config, options.output_dir), seeds=options.seeds, split="dev_b")
+        found = table(entries(runs))
+        print(f"\n{item}\n{render(*study_rows(found))}\n")
+        write_results(options.json_dir / f"{item}.json", {**found, "item": item, "machine": describe("transformers")})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Answer with all adapters at once, their logits averaged: what ensembles cost and gain beside one routed expert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradientspace.data import Sample, pad_batch
+from gradientspace.inference import Experts
+from gradientspace.progress import Progress
+
+
+@torch.inference_mode()
+def ensemble_losses(
+    experts: Experts, samples: Sequence[Sample], weights: np.ndarray, *, batch_size: int, pad_token_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean completion-token cross-entropy (n,) of averaged logits, and supervised tokens (n,).
+
+    `weights` is (n, E), one row a sample, each summing to one.
+    """
+    losses, tokens = np.zeros(len(samples)), np.zeros(len(samples), dtype=np.int64)
+    with Progress("ensemble losses", len(samples), "sample") as progress:
+        for rows in _batches([len(s.input_ids) for s in samples], batch_size):
+            batch = pad_batch([samples[i] for i in rows], pad_token_id)
+            device = experts.base.device
+            labels = batch["labels"][:, 1:].to(device)
+            supervised = labels != -100
+            owner = supervised.nonzero()[:, 0]
+            logits = _mixed(
+                experts, torch.as_tensor(weights[rows])[owner.cpu()], supervised,
+                input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device),
+            )  # fmt: skip
+            each = torch.nn.functional.cross_entropy(logits, labels[supervised], reduction="none").double()
+            sums = torch.zeros(len(rows), dtype=torch.float64, device=device).index_add_(0, owner, each)
+            counts = supervised.sum(dim=1)
+            losses[rows], tokens[rows] = (sums / counts).cpu().numpy(), counts.cpu().numpy()
+            progress.advance(len(rows))
+    return losses, tokens
+
+
+def _mixed(experts: Experts, weights: Tensor, supervised: Tensor, **inputs: Tensor) -> Tensor:
+    """(t, vocabulary) float32: the weighted logits of t supervised positions, `weights` (t, E)."""
+    total: Tensor | None = None
+    for k in range(len(experts.names)):
+        with experts.active(k) as model:
+            logits = model(**inputs, use_cache=False).logits[:, :-1][supervised].float()
+        part = logits * weights[:, k, None].to(logits)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+@torch.inference_mode()
+def ensemble_answers(
+    experts: Experts,
+    prompts: Sequence[list[int]],
+    weights: np.ndarray,
+    *,
+    batch_size: int,
+    pad_token_id: int,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+) -> list[list[int]]:
+    """Greedy answers, token by token, of averaged logits; each without its stop token."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    with Progress("ensemble answers", len(prompts), "prompt") as progress:
+        for rows in _batches([len(p) for p in prompts], batch_size):
+            decoder = _Decoder(experts, [prompts[i] for i in rows], weights[rows], pad_token_id)
+            running = set(rows)
+            for _ in range(max_new_tokens):
+                for i, token in zip(rows, decoder.step(), strict=True):
+                    if i in running and token in stop_ids:
+                        running.remove(i)
+                    elif i in running:
+                        answers[i].append(token)
+                if not running:
+                    break
+            progress.advance(len(rows))
+    return answers
+
+
+class _Decoder:
+    """One batch of left-padded prompts with a cache for every adapter."""
+
+    def __init__(self, experts: Experts, prompts: Sequence[list[int]], weights: np.ndarray, pad_token_id: int) -> None:
+        width, device = max(len(p) for p in prompts), experts.base.device
+        self.experts, self.weights = experts, torch.as_tensor(weights)
+        self.ids = torch.tensor([[pad_token_id] * (width - len(p)) + p for p in prompts], device=device)
+        self.mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        self.caches: list[object] = [None] * len(experts.names)
+
+    def step(self) -> list[int]:
+        """The next token of every prompt."""
+        positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -self.ids.shape[1] :]
+        total = torch.zeros(1)
+        for k in range(len(self.caches)):
+            with self.experts.active(k) as model:
+                output = model(
+                    input_ids=self.ids, attention_mask=self.mask, position_ids=positions,
+                    cache=self.caches[k], use_cache=True,
+                )  # fmt: skip
+            self.caches[k] = output.cache
+            logits = output.logits[:, -1].float()
+            total = total.to(logits) + logits * self.weights[:, k, None].to(logits)
+        self.ids = total.argmax(dim=1, keepdim=True)
+        self.mask = torch.cat([self.mask, torch.ones_like(self.ids)], dim=1)
+        return self.ids[:, 0].tolist()
+
+
+def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Rows of similar length together."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]

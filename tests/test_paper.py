@@ -1,0 +1,118 @@
+"""The scripts behind the paper's tables and figures: the theory's own checks, and every figure from results files."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_jsonl
+
+from gradientspace.config import load_config
+from gradientspace.run_folder import Run
+from gradientspace.study import Entry, table
+
+PAPER = Path(__file__).parent.parent / "benchmarks/paper"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch):
+    """Import a script of `benchmarks/paper` by name."""
+    monkeypatch.syspath_prepend(str(PAPER))
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+def test_lemma_1_holds_to_machine_precision_and_fails_for_wrong_variances(script) -> None:
+    generator = np.random.default_rng(0)
+    rows, labels = generator.normal(size=(60, 500)), np.repeat([0, 1, 2], 20)
+    rows[labels == 1] += 1
+    found = script("theory").lemma1(rows, labels)
+    assert found["relative_error"] < 1e-14
+    assert found["between"] > 0.1 * found["total"]
+    # An unbiased variance inside the groups, a usual slip, would be found out.
+    assert abs(found["total"] - found["within"] * 60 / 57 - found["between"]) / found["total"] > 1e-3
+
+
+def test_reductions_of_a_stream_are_those_of_the_whole(script) -> None:
+    theory = script("theory")
+    rows, labels = torch.randn(50, 20, dtype=torch.float64), np.arange(50) % 4
+    sums = theory.GroupSums({"own": labels}, 20)
+    for part in torch.arange(50).split(13):
+        sums.add(part, rows[part])
+    whole = theory.lemma1(rows.numpy(), labels)
+    assert sums.reduction("own") == pytest.approx(whole["between"] / whole["total"])
+
+
+def test_theorem_3_predicts_the_floors_of_planted_quadratics(script) -> None:
+    found = script("quadratics").measure_quadratics(steps=8_000)
+    for row in [found["mixture"], *found["clusters"]]:
+        assert row["floor"] == pytest.approx(row["predicted"], rel=0.08)
+    for row in found["clusters"]:
+        assert row["floor"] < found["mixture"]["floor"] < row["mixture_on_this_cluster"]
+        assert row["left"] > 0.05  # fewer steps: more of the transient is left
+
+
+def test_ablations_change_what_they_say(script) -> None:
+    ablations = script("ablations")
+    for item in ablations.ITEMS:
+        configs = ablations.variants(item, PAPER / "real-mix.yaml", "runs")
+        assert len({c.name for c in configs}) == len(configs)
+        for config in configs:
+            config.validate()
+    ranks = [c.lora.lora_r for c in ablations.variants("rank", PAPER / "real-mix.yaml", "runs")]
+    assert ranks == [4, 8, 16]
+
+
+def test_the_main_config_holds_the_whole_comparison() -> None:
+    config = load_config(PAPER / "real-mix.yaml").validate()
+    assert {"single-wide", "random", "embedding", "elrea", "source", "gradientspace-paper"} <= set(
+        config.evaluation.baselines
+    )
+
+
+@pytest.mark.e2e
+def test_every_figure_comes_from_results_files(script, finished_run: Run, tmp_path: Path) -> None:
+    """Results of a run in the place of the committed ones; each figure with its CSV."""
+    results = table([Entry("micro", [finished_run])])
+    (tmp_path / "ablations").mkdir()
+    (tmp_path / "real-mix.json").write_text(json.dumps(results))
+    variant = {**results, "methods": {"k-2-dev_b/gradientspace": results["methods"]["gradientspace"]}}
+    (tmp_path / "ablations/k.json").write_text(json.dumps(variant))
+    pairs = write_jsonl(
+        tmp_path / "pairs.jsonl",
+        [{"sentence1": "red sea", "sentence2": f"blue {i}", "score": i} for i in range(12)],  # type: ignore
+    )
+    similarity = script("similarity").measure(finished_run, pairs, 10)
+    assert all(-1 <= value <= 1.00001 for value in similarity["pairs"]["gradient"])
+    (tmp_path / "similarity.json").write_text(json.dumps(similarity))
+    theory = script("theory").measure_gradients(finished_run, limit=30)
+    assert theory["lemma1"]["relative_error"] < 1e-12
+    assert theory["theorem2"]["random"]["low"] <= theory["theorem2"]["expected_of_random"] * 3
+    (tmp_path / "theory.json").write_text(json.dumps(theory))
+    row = {"decide_ms": 1.0, "generate_ms": 2.0}
+    (tmp_path / "inference-cost.json").write_text(json.dumps({"methods_cost": {"gradientspace": row}}))
+    missing = script("figures").draw(tmp_path, tmp_path / "figures")
+    made = {p.stem for p in (tmp_path / "figures").glob("*.png")}
+    assert made == {p.stem for p in (tmp_path / "figures").glob("*.csv")}
+    assert missing == []
+    assert made == set(script("figures").FIGURES)
+
+
+@pytest.mark.e2e
+def test_constant_step_sgd_sees_the_noise_of_what_it_draws_from(script, finished_run: Run) -> None:
+    found = script("constant_step").measure_adapter(finished_run, steps=4)
+    assert [row["cluster"] for row in found["clusters"]] == [0, 1]
+    assert all(row["noise"] > 0 and row["own_gradient"] > 0 for row in found["clusters"])
+
+
+def test_a_missing_results_file_is_named_and_left_out(script, tmp_path: Path) -> None:
+    figures = script("figures")
+    assert figures.draw(tmp_path, tmp_path / "out") == list(figures.FIGURES)
