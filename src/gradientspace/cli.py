@@ -15,6 +15,7 @@ from gradientspace import __version__, chat
 from gradientspace.config import GradientSpaceConfig, load_config
 from gradientspace.demo.skills import CONTROLS
 from gradientspace.errors import ConfigError, GradientSpaceError
+from gradientspace.export import ENGINES
 from gradientspace.serving import command as serving
 
 _STEPS = {
@@ -135,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="a folder that an inference engine serves the experts from")
     export.add_argument("run")
-    export.add_argument("--engine", required=True, choices=("vllm", "sglang", "ollama", "litellm"))
+    export.add_argument("--engine", required=True, choices=ENGINES)
     export.add_argument("--output", type=Path, help="where to; default: export/ENGINE in the run folder")
     export.set_defaults(handler=_export)
 
