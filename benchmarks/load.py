@@ -102,7 +102,7 @@ async def ask(http: httpx.AsyncClient, question: Question, cancel: bool, record:
         if response.headers["x-gradientspace-expert"] != question.expert:
             record.errors.append(f"wrong expert: {response.headers['x-gradientspace-expert']}, not {question.expert}")
         async for line in response.aiter_lines():
-            done = line == "data: [DONE]"
+            done = done or line == "data: [DONE]"
             if not line.startswith("data: {"):
                 continue
             event = json.loads(line[6:])

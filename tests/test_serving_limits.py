@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -216,3 +221,19 @@ def test_a_batch_that_fails_fails_alone(finished_run: Run, monkeypatch) -> None:
 
 def _out_of_memory(*_):
     raise MemoryError
+
+
+def test_the_command_serves_and_ends_in_order(finished_run: Run) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "gradientspace", "serve", str(finished_run.path), "--port", str(port)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert process.stderr is not None
+    said = next(line for line in process.stderr if line.startswith("serving"))
+    assert f"auto, expert_0, expert_1, shared, base on http://127.0.0.1:{port}/v1" in said
+    assert httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=BODY).status_code == 200
+    process.send_signal(signal.SIGTERM)
+    rest = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(20) == 0, rest

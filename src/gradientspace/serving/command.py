@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradientspace.errors import ConfigError
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from gradientspace.encoder import EncoderDtype
     from gradientspace.router import Router
     from gradientspace.run_folder import Run
@@ -78,7 +83,7 @@ def serve(options: argparse.Namespace, _: list[str]) -> None:
         limits=Limits(options.max_body, options.max_tokens, options.max_requests, options.timeout),
         whole_conversation=options.route_every_turn,
     )
-    server = uvicorn.Server(
+    server = _server(
         uvicorn.Config(
             app, options.host, options.port, lifespan="off", log_level="warning", ws="none",
             timeout_graceful_shutdown=int(options.timeout), server_header=False,
@@ -97,6 +102,26 @@ def serve(options: argparse.Namespace, _: list[str]) -> None:
     if not keys and options.host not in ("127.0.0.1", "localhost", "::1"):
         say(f"anyone who reaches {options.host} may use this server: give --api-keys FILE")
     asyncio.run(life())
+
+
+def _server(config: uvicorn.Config) -> uvicorn.Server:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """Stops in order on SIGTERM and Ctrl-C; uvicorn's own would then raise the signal again and skip our end."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, self.handle_exit, number, None)
+            try:
+                yield
+            finally:
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    loop.remove_signal_handler(number)
+
+    return Server(config)
 
 
 def api_keys(path: Path | None) -> list[str]:
