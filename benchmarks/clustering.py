@@ -180,7 +180,7 @@ def preconditioning(options: argparse.Namespace) -> Measured:
 
 
 def n_clusters(options: argparse.Namespace) -> Measured:
-    base = Planted(n=128 if options.quick else N_VALIDATION, dim=2_000)
+    base = Planted(n=128 if options.quick else 256, dim=2_000)
     cells = {
         "structureless": replace(base, n_clusters=1, cosine=0.0, common=0.0),
         "one common direction": replace(base, n_clusters=1, cosine=0.0, common=0.5),

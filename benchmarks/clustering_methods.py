@@ -105,6 +105,12 @@ EXPERIMENTS: dict[str, Callable[[Cell], Found]] = {
 """Ideas that are not options of the clusterer, measured beside them."""
 
 
+def isometry(gram: Tensor) -> Tensor:
+    """Rows (N, N) float64 with these inner products: k-means sees nothing else, and they are shorter."""
+    values, vectors = torch.linalg.eigh(gram.double())
+    return vectors * values.clamp(min=0).sqrt()
+
+
 def ceiling(cell: Cell) -> tuple[Found, int]:
     """Spherical k-means on all centred full rows, through their Gram matrix built over blocks of columns."""
     n, dim = cell.rows.shape
@@ -114,8 +120,7 @@ def ceiling(cell: Cell) -> tuple[Found, int]:
         block = block / lengths
         gram += (block @ block.T).double()
     gram -= gram.mean(dim=0, keepdim=True) + gram.mean(dim=1, keepdim=True) - gram.mean()
-    values, vectors = torch.linalg.eigh(gram)
-    labels, _, _ = spherical_kmeans(vectors * values.clamp(min=0).sqrt(), cell.n_clusters, RESTARTS, 0)
+    labels, _, _ = spherical_kmeans(isometry(gram), cell.n_clusters, RESTARTS, 0)
     return {"final": torch.as_tensor(labels)}, n * dim * 4
 
 
@@ -149,7 +154,8 @@ def projected(cell: Cell, width: int, method: str) -> tuple[Found, int]:
     rows = unit(project(cell.rows, width))
     rows = unit(rows - rows.mean(dim=0))
     if method == "kmeans":
-        labels = spherical_kmeans(rows, cell.n_clusters, RESTARTS, 0)[0]
+        points = isometry(rows @ rows.T) if width > len(rows) else rows
+        labels = spherical_kmeans(points, cell.n_clusters, RESTARTS, 0)[0]
     else:
         labels = Birch(n_clusters=cell.n_clusters, threshold=0.7).fit_predict(rows.numpy())
     return {"final": torch.as_tensor(labels)}, rows.numel() * 4

@@ -55,7 +55,7 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
     cache_dtype : "float32" (float64 for float64 rows) or "bfloat16" (half the memory of the largest part).
     k_min, k_max, energy, n_draws : of the rank estimate; ignored when K is given.
     fallback_n_clusters : K where the estimate is undetermined (recorded in `rank_estimate_`, and logged).
-    n_init : k-means restarts in the subspace.
+    n_init : k-means restarts in the subspace; on M rows of q numbers they cost next to nothing.
     n_validation, batch_size : M and b that `fit` uses on a whole array or on a stream; `initialize` and
         `partial_fit` take what they are given.
 
@@ -86,7 +86,7 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         energy=0.9,
         n_draws=20,
         fallback_n_clusters=8,
-        n_init=10,
+        n_init=30,
         n_validation=512,
         batch_size=256,
     ):
