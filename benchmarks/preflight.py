@@ -54,7 +54,8 @@ def main() -> None:
 def taken_by(estimate: Estimate, took: dict[str, float]) -> float:
     """Seconds of the stages that one estimate stands for."""
     name = estimate.stage.split(" (")[0]
-    prefix = _FOLDERS.get(name) or (f"baselines/{name}/" if "(" in estimate.stage else name)
+    baseline = f"baselines/{name}/"
+    prefix = _FOLDERS.get(name) or (baseline if any(stage.startswith(baseline) for stage in took) else name)
     return sum(s for stage, s in took.items() if stage == prefix or (prefix.endswith("/") and stage.startswith(prefix)))
 
 

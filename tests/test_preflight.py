@@ -43,6 +43,26 @@ def test_every_stage_has_an_estimate_and_nothing_is_left(quick, finished_run: Ru
     assert preflight.table(estimates).splitlines()[-1].startswith("all")
 
 
+def test_every_baseline_and_way_to_answer_costs_something(quick, micro_model, micro_mix, tmp_path: Path) -> None:
+    from typing import get_args
+
+    from gradientspace.config import Baseline, InferenceMode
+
+    values = micro_values(micro_model, micro_mix, tmp_path)
+    job = preflight.Job(Run(tmp_path / "none", GradientSpaceConfig.from_dict(values).validate()))
+    rates = preflight.probe(job)
+    few = {e.stage: e for e in preflight.add_up(job, rates)}
+    job.config.evaluation.baselines = list(get_args(Baseline))
+    job.config.evaluation.inference_modes = list(get_args(InferenceMode))
+    many = {e.stage: e for e in preflight.add_up(job, rates)}
+    assert {name.split(" (")[0] for name in many} >= set(get_args(Baseline))
+    assert many["evaluation"].seconds > few["evaluation"].seconds
+    assert many["single-long"].seconds > many["single-wide"].seconds > 0
+    assert {name: e.seconds for name, e in many.items() if name in ("warmup", "cluster", "shared")} == {
+        name: few[name].seconds for name in ("warmup", "cluster", "shared")
+    }
+
+
 def test_other_ways_of_grouping_take_no_gradients(quick, micro_model: Path, micro_mix: Path, tmp_path: Path) -> None:
     values = micro_values(micro_model, micro_mix, tmp_path)
     values["clustering"] = {"method": "random", "n_clusters": 2, "target": "plain"}

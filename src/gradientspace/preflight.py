@@ -39,6 +39,8 @@ PROBE_SECONDS = 8.0
 _VALIDATION_PROBE = 96
 """Validation gradients from which the cost of the subspace is extrapolated."""
 _PROMPTS = 96
+_NOT_ROUTED = ("random", "source", "single-wide", "single-long", "elrea")
+"""Baselines that encode no prompt of their own."""
 
 
 @dataclass
@@ -245,9 +247,11 @@ def add_up(job: Job, rates: Rates) -> list[Estimate]:
     encoded = len(fit) + len(data.dev_a)
     stages.append(Estimate("router", rates.prompt * encoded, rates.memory["encoder"], 8 * 400 * k))
     stages.append(_training(job, rates, "single", fit, single))
+    routed = rates.prompt * len(held_out(data))
     for name in config.evaluation.baselines:
-        more = rates.prompt * len(held_out(data)) if name == "embedding" else 0.0
-        stages.append(_training(job, rates, f"{name} ({k})", fit, single, trainings=k, base=more))
+        stages.append(_baseline(job, rates, name, k, routed if name not in _NOT_ROUTED else 0.0))
+        # The encoder remembers the prompts, so that only the first of these baselines pays for them.
+        routed = routed if name in _NOT_ROUTED else 0.0
     stages.append(_evaluation(job, rates, k))
     return stages
 
@@ -265,6 +269,21 @@ def _training(
         saved,
         f"{steps:,} steps, {tokens:,.0f} tokens",
     )
+
+
+def _baseline(job: Job, rates: Rates, name: str, k: int, routing: float) -> Estimate:
+    """One adapter, or one for each of K groups; `docs/baselines.md` says what each trains."""
+    fit, all_epochs = job.data.fit, job.config.training.num_train_epochs
+    if name == "single-long":
+        return _training(job, rates, name, fit, all_epochs * k - job.shared_epochs)
+    if name == "single-wide":
+        return _training(job, rates, name, fit, job.expert_epochs)
+    if name == "elrea":  # its features are gradients of every sample
+        features = rates.gradient_token * sum(map(_tokens, (fit, held_out(job.data))))
+        epochs = all_epochs * (1 - job.config.experts.shared_share)
+        return _training(job, rates, f"{name} ({k})", fit, epochs, trainings=k, base=features)
+    epochs = all_epochs if name == "gradientspace-paper" else job.expert_epochs
+    return _training(job, rates, f"{name} ({k})", fit, epochs, trainings=k, base=routing)
 
 
 def _clustering(job: Job, rates: Rates) -> Estimate:
@@ -286,10 +305,15 @@ def _clustering(job: Job, rates: Rates) -> Estimate:
 
 
 def _evaluation(job: Job, rates: Rates, k: int) -> Estimate:
-    samples, baselines = job.evaluated(), len(job.config.evaluation.baselines)
-    methods = 4 + baselines  # base, single, gradientspace and oracle
-    seconds = rates.loss_token * _tokens(samples) * (methods + k)
-    seconds += rates.answer * len(samples) * methods + rates.prompt * len(samples)
+    samples, options = job.evaluated(), job.config.evaluation
+    ensembles = [mode for mode in options.inference_modes if mode.endswith("ensemble")]
+    baselines = sum(k + 1 if name == "elrea" else 1 for name in options.baselines)
+    # Losses of base, single, every baseline, each expert and each ensemble; the other ways to answer look theirs up.
+    losses = 2 + baselines + k + k * len(ensembles)
+    answers = 3 + baselines + len(options.inference_modes) + (k - 1) * len(ensembles)
+    seconds = rates.loss_token * _tokens(samples) * losses
+    seconds += rates.answer * len(samples) * answers + rates.prompt * len(samples)
+    methods = 3 + len(options.baselines) + len(options.inference_modes)
     disk = len(samples) * (200 + 16 * methods) + 20_000
     return Estimate(
         "evaluation", seconds, rates.memory["evaluation"], disk, f"{len(samples):,} samples, {methods} methods"
