@@ -10,9 +10,13 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from conftest import write_jsonl
+from conftest import micro_values, write_jsonl
 
-from gradientspace.config import load_config
+from gradientspace.config import GradientSpaceConfig, load_config
+from gradientspace.gradients import PerSampleGradients
+from gradientspace.job import Job
+from gradientspace.models import lora
+from gradientspace.routable import RoutedAlignment
 from gradientspace.run_folder import Run
 from gradientspace.study import Entry, table
 
@@ -116,3 +120,46 @@ def test_constant_step_sgd_sees_the_noise_of_what_it_draws_from(script, finished
 def test_a_missing_results_file_is_named_and_left_out(script, tmp_path: Path) -> None:
     figures = script("figures")
     assert figures.draw(tmp_path, tmp_path / "out") == list(figures.FIGURES)
+
+
+def test_alignment_from_inner_products_is_the_streamed_one(script, finished_run: Run) -> None:
+    alignment = script("alignment")
+    rows = alignment.Rows(Job(finished_run))
+    labels, routed = alignment.GROUPINGS["embedding"](rows, 2)
+    streamed = RoutedAlignment(2).add_reference(_gradients(rows, rows.fit), labels)
+    result = streamed.add_probe(_gradients(rows, rows.dev), routed).result()
+    own = rows.alignment(labels, routed).mean(axis=0) / 1000
+    assert own == pytest.approx([result.first_order, result.unit_step], rel=1e-4)
+
+
+def _gradients(rows, samples) -> torch.Tensor:
+    job = rows.job
+    with (
+        lora(job.base, job.config.lora, start=job.run.path / "warmup", seed=job.config.seed) as model,
+        PerSampleGradients(model) as engine,
+    ):
+        found = torch.zeros(len(samples), engine.dim)
+        for batch in engine.stream(samples):
+            found[batch.indices] = batch.gradients
+    return found
+
+
+@pytest.mark.e2e
+def test_alignment_makes_its_table_and_its_ranking(
+    script, micro_model: Path, micro_mix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "mix.yaml"
+    config.write_text(GradientSpaceConfig.from_dict(micro_values(micro_model, micro_mix, tmp_path)).to_yaml())
+    results = tmp_path / "results.json"
+    alignment = script("alignment")
+    alignment.main([str(config), "--seeds", "2", "--k", "1", "2", "--json", str(results)])
+    rows = {(row["k"], row["grouping"]): row for row in json.loads(results.read_text())["table"]}
+    assert (1, "single") in rows
+    assert all(row["unit_step"]["low"] <= row["unit_step"]["mean"] for row in rows.values())
+    assert len(alignment.GROUPINGS) >= 8
+    kept = ("random", "embedding", "routable q=64")
+    monkeypatch.setattr(alignment, "GROUPINGS", {name: alignment.GROUPINGS[name] for name in kept})
+    alignment.main([str(config), "--train", "2", "--json", str(results)])
+    ranking = json.loads(results.read_text())
+    assert [arm["grouping"] for arm in ranking["arms"]] == list(kept)
+    assert -1 <= ranking["spearman"]["K=2"]["unit_step"]["low"] <= 1

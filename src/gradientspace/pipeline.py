@@ -81,12 +81,16 @@ def make_groups(job: Job, folder: Path) -> Groups:
 
 def train_experts(job: Job) -> None:
     """Stage III: what all samples share is learnt once from all of them, then one expert a cluster starts there."""
+    train_shared(job)
+    job.train_experts("experts", Groups.read(job.run.path / "clustering"), inputs=("clustering",))
+
+
+def train_shared(job: Job) -> None:
     if job.config.experts.start == "shared":
         job.train(
             "shared", lambda: job.data.fit, epochs=job.shared_epochs, start=job.run.path / "warmup",
             inputs=("warmup",), served=True,
         )  # fmt: skip
-    job.train_experts("experts", Groups.read(job.run.path / "clustering"), inputs=("clustering",))
 
 
 def train_router(job: Job) -> None:
