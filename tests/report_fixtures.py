@@ -97,7 +97,7 @@ def _write_clustering(to: Path, fit: list[Sample], clusters: np.ndarray, k: int,
         "norm": random.uniform(1, 2, len(fit)).astype(np.float32),
         "loss": random.uniform(0, 3, len(fit)).astype(np.float32),
         "coordinates": pa.FixedSizeListArray.from_arrays(z.ravel(), 8),
-        "boundary": margin < 0.05,
+        "near_boundary": margin < 0.05,
     }
     pq.write_table(pa.table(columns), to / "assignments.parquet")
     unit = z[:64] / np.linalg.norm(z[:64], axis=1, keepdims=True)

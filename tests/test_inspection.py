@@ -23,7 +23,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_filters_hold_together(run: Run) -> None:
     everything = samples_of(run)
     found = select(everything, Filter(cluster=2, boundary=True)).to_pylist()
-    expected = [r for r in everything.to_pylist() if r["cluster"] == 2 and r["boundary"]]
+    expected = [r for r in everything.to_pylist() if r["cluster"] == 2 and r["near_boundary"]]
     assert {r["id"] for r in found} == {r["id"] for r in expected}
     assert found
     margins = [r["margin"] for r in found]
@@ -31,7 +31,7 @@ def test_filters_hold_together(run: Run) -> None:
 
 
 def test_without_flags_the_boundary_is_the_smallest_margins(run: Run) -> None:
-    table = samples_of(run).drop_columns(["boundary"])
+    table = samples_of(run).drop_columns(["near_boundary"])
     found = select(table, Filter(boundary=True))
     assert len(found) == pytest.approx(len(table) / 10, abs=1)
     assert max(found["margin"].to_pylist()) <= sorted(table["margin"].to_pylist())[len(found)]

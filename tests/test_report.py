@@ -15,7 +15,7 @@ import pytest
 from report_fixtures import made_up_run
 
 from gradientspace.report import write_comparison, write_report
-from gradientspace.run_folder import Run
+from gradientspace.run_folder import Run, write_json
 
 HOSTILE = (
     "</script><script>window.hacked = 1</script><img src=x onerror=hacked()> \u202egpj.exe \x1b[31m {{ 7 * 7 }} $x_1$"
@@ -162,3 +162,13 @@ def test_runs_side_by_side(tmp_path: Path, finished: Run) -> None:
 @pytest.mark.e2e
 def test_a_real_run_has_every_section(finished_run: Run) -> None:
     assert Page(write_report(finished_run)).sections == SECTIONS
+
+
+def test_a_sweep_beside_the_run_is_shown(tmp_path: Path) -> None:
+    run = made_up_run(tmp_path / "swept", evaluated=False)
+    stability = {"mean": 0.9, "low": 0.8, "high": 1.0, "n_clusterings": 5}
+    rows = [{"n_clusters": k, "between": 0.1 * k, "stability": stability, "sizes": [1]} for k in (2, 3, 4)]
+    write_json(run.path / "sweep.json", {"schema": 1, "rows": rows})
+    page = Page(write_report(run))
+    assert "Stability over K" in page.text
+    assert (run.path / "figures/sweep.csv").read_text().splitlines()[1] == "2,0.2,0.9,0.8,1.0"

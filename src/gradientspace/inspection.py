@@ -20,7 +20,7 @@ from gradientspace.run_folder import Run, write_text
 pc: Any = pyarrow.compute  # its functions are made at import, where no type checker sees them
 BOUNDARY_SHARE = 0.1
 """Where the clusterer flags no boundary: the rows with the smallest margins, this share of all."""
-_MEASURES = ("cosine", "margin", "norm", "loss", "boundary")
+_MEASURES = ("cosine", "margin", "norm", "loss", "near_boundary")
 _SORTS = {"margin": "ascending", "cosine": "descending", "loss": "descending", "norm": "descending"}
 _PROMPT, _RESPONSE = 300, 200
 
@@ -79,8 +79,8 @@ def select(table: pa.Table, wanted: Filter) -> pa.Table:
 
 
 def _boundary(table: pa.Table) -> pa.ChunkedArray:
-    if "boundary" in table.column_names:
-        return table["boundary"]
+    if "near_boundary" in table.column_names:
+        return table["near_boundary"]
     _require(table, "margin")
     limit = pc.quantile(table["margin"], q=BOUNDARY_SHARE)[0]
     return pc.less_equal(pc.cast(table["margin"], pa.float64()), limit)

@@ -109,7 +109,7 @@ def command(options: argparse.Namespace) -> None:
         f"K = {groups.n_clusters}, sizes {', '.join(map(str, groups.sizes))}; agreement of reruns "
         f"{stability['mean']:.2f}, {100 * stability['near_boundary']:.0f} % of the samples near a boundary\n"
         f"A clustering of coordinates, which hold {100 * energy:.0f} % of the gradients' energy.\n"
-        f"Next: gradientspace report {run.path} makes experts, router and evaluation anew"
+        f"Next: gradientspace eval {run.path} makes experts, router and evaluation anew"
     )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from sklearn.metrics import adjusted_rand_score
 
-from gradientspace.clustering.settle import agreement as clusterings_agree
-from gradientspace.clustering.settle import coordinate_stability
+from gradientspace.clustering.stability import kmeans_stability
 from gradientspace.config import GradientSpaceConfig
 from gradientspace.conflict import group_cosines, group_inner_products, negative_share
 from gradientspace.diagnosis.candidates import Candidate, candidates, coordinates, named_sources, one_adapter
@@ -40,13 +40,19 @@ def weigh(survey: Survey, config: GradientSpaceConfig) -> dict[str, Any]:
         "negative_pairs": negative_share(survey.gram),
         "sources": _sources(survey),
         "alignment": [_alignment_row(survey, c, reference, probe, tried[0]) for c in tried],
-        "stability": [{"n_clusters": n, **vars(coordinate_stability(z, n, random_state=config.seed))} for n in ks],
+        "stability": [{"n_clusters": n, **_stability(z, by_k[n][1].labels, config.seed)} for n in ks],
         "variance": [{"n_clusters": n, **_variance(survey, by_k[n][0], probe)} for n in ks],
         "embeddings_against_gradients": [
-            {"n_clusters": n, "ari": clusterings_agree([by_k[n][1].labels, by_k[n][2].labels]).mean} for n in ks
+            {"n_clusters": n, "ari": float(adjusted_rand_score(by_k[n][1].labels, by_k[n][2].labels))} for n in ks
         ],
         "suspicious": suspicious_rows(survey, k, config),
     }
+
+
+def _stability(points: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, float]:
+    """Agreement of reruns on random halves of the rows."""
+    found = kmeans_stability(points, labels, normalise=False, random_state=seed).by_cause["all"]
+    return {"mean": found.mean, "low": found.low, "high": found.high}
 
 
 def _choose_k(survey: Survey, config: GradientSpaceConfig, rows: int) -> tuple[int, str]:

@@ -63,7 +63,7 @@ def clusters_of(record: RunRecord) -> list[Cluster]:
     terms = cluster_titles(record)
     sources = source_counts(record.sources, record.clusters, record.n_clusters) if record.sources else ([], None)
     tokens = record.fit["tokens"].to_numpy() if record.fit is not None else None
-    flags = record.column("boundary") if record.has_column("boundary") else None
+    flags = record.column("near_boundary") if record.has_column("near_boundary") else None
     found = []
     for k in range(record.n_clusters):
         members = np.flatnonzero(record.clusters == k)

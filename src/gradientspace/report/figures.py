@@ -167,11 +167,11 @@ def sweep(record: RunRecord) -> Chart | None:
         axes.set_xlabel("K")
         axes.set_ylabel("adjusted Rand between reruns")
 
-    rows = [[k, row["objective"], m, a, b]
+    rows = [[k, row["between"], m, a, b]
             for k, row, m, a, b in zip(ks, record.sweep, mean, low, high, strict=True)]  # fmt: skip
     return draw(
         "sweep", "Stability over K", f"Agreement of reruns for K from {ks[0]} to {ks[-1]}; 1 is the same every time.",
-        ["K", "objective", "stability", "low", "high"], rows, paint,
+        ["K", "between share", "stability", "low", "high"], rows, paint,
     )  # fmt: skip
 
 

@@ -33,7 +33,8 @@ class RunRecord:
     """`clustering.json`: sizes, spectrum, stability, variance."""
     rank_estimate: dict[str, Any] | None
     sweep: list[dict[str, Any]] | None
-    """One entry a K: `n_clusters`, `objective`, `stability` {mean, low, high}, `sizes`."""
+    """From `gradientspace cluster RUN --sweep 2..16 --json RUN/sweep.json`. One entry a K: `n_clusters`, `between`
+    (share of energy), `stability` {mean, low, high}, `sizes`."""
     results: dict[str, Any] | None
     training: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Stage -> its training.json, in the order the stages were made."""
@@ -51,7 +52,7 @@ class RunRecord:
             accounting=_json(run.path / "data/accounting.json") if run.has("data") else None,
             clustering=_json(run.path / "clustering/clustering.json") if run.has("clustering") else None,
             rank_estimate=(clusterer or {}).get("rank_estimate"),
-            sweep=_json(run.path / "clustering/sweep.json"),
+            sweep=(_json(run.path / "sweep.json") or {}).get("rows"),
             results=_json(run.path / "evaluation/results.json") if run.has("evaluation") else None,
             training={s: t for s in stages if (t := _json(run.path / s / "training.json")) is not None},
         )
