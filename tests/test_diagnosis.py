@@ -167,3 +167,17 @@ def test_a_diagnosis_ends_and_resumes(micro_model: Path, micro_mix: Path, tmp_pa
     capsys.readouterr()
     assert diagnose(config)[0] == found
     assert "..." not in capsys.readouterr().err, "nothing is made again"
+
+
+def test_the_page_shows_the_committed_results() -> None:
+    root = Path(__file__).parent.parent
+    arms = json.loads((root / "benchmarks/results/diagnosis.json").read_text())["arms"]
+    page = (root / "docs/diagnosis.md").read_text()
+    for key in ("as_many_by_conflict", "as_many_by_loss", "as_many_by_combined", "list"):
+        found = arms["shuffled"][key]
+        assert f"| {found['n']} | {found['precision']:.2f} | {found['recall']:.2f} |" in page, key
+    difference = arms["demo"]["pilot"]["difference"]
+    for value in difference.values():
+        assert f"{-value:.4f}" in page
+    assert arms["demo"]["verdict"] == "split"
+    assert arms["shuffled"]["list"]["precision"] >= 0.8
