@@ -97,6 +97,7 @@ def in_a_basis(cell: Cell, running: bool) -> Found:
 
 
 EXPERIMENTS: dict[str, Callable[[Cell], Found]] = {
+    "running, q = K - 1": lambda cell: online(cell, update="running", n_components=cell.n_clusters - 1)[0],
     "svd, decaying momentum": decaying_momentum,
     "rank 3 a cluster": lambda cell: rank_of_a_cluster(cell, 3),
     "k-means of all coordinates": lambda cell: in_a_basis(cell, running=False),
