@@ -8,9 +8,9 @@ from typing import Any
 
 from gradientspace.evaluation import paired_bootstrap
 from gradientspace.plain_text import visible
-from gradientspace.report.charts import ACCENT, INK, Chart, bar_axes, draw
+from gradientspace.report.charts import Chart
 from gradientspace.report.clusters import cluster_titles
-from gradientspace.report.figures import short
+from gradientspace.report.figures import intervals, short
 from gradientspace.report.page import fill
 from gradientspace.report.record import RunRecord
 from gradientspace.report.sections import Table, verdict
@@ -103,24 +103,7 @@ def _paired(names: Sequence[str], records: Sequence[RunRecord]) -> list[str]:
 def _differences(names: Sequence[str], records: Sequence[RunRecord]) -> Chart | None:
     found = [(short(name), record.results["comparisons"]["gradientspace - single"]["loss"])
              for name, record in zip(names, records, strict=True) if record.results is not None]  # fmt: skip
-    if not found:
-        return None
-
-    def paint(axes: Any) -> None:
-        for i, (_, d) in enumerate(found):
-            axes.plot([d["low"], d["high"]], [i, i], color=ACCENT, lw=2.2, solid_capstyle="round")
-            axes.plot(d["mean"], i, "o", color=ACCENT, ms=5)
-        axes.axvline(0, color=INK, lw=0.8)
-        axes.set_yticks(range(len(found)), [name for name, _ in found])
-        axes.set_ylim(-0.6, len(found) - 0.4)
-        axes.set_xlabel("routed minus one LoRA, nats")
-        axes.locator_params(axis="x", nbins=5)
-        bar_axes(axes)
-
-    rows = [[name, d["mean"], d["low"], d["high"]] for name, d in found]
-    text = "; ".join(f"{name} {_interval(d)}" for name, d in found)
-    return draw("runs", "Routed against one LoRA", text, ["run", "mean", "low", "high"], rows, paint,
-                height=0.8 + 0.3 * len(found))  # fmt: skip
+    return intervals("runs", "Routed against one LoRA", found, "routed minus one LoRA, nats")
 
 
 def _methods(names: Sequence[str], records: Sequence[RunRecord]) -> Table | None:

@@ -43,28 +43,36 @@ def differences(record: RunRecord) -> Chart | None:
     """Every method's loss minus that of one LoRA, with its interval."""
     if record.results is None:
         return None
-    found = [(pair.split(" - ")[0], value["loss"]) for pair, value in record.results["comparisons"].items()
-             if pair.endswith(" - single")]  # fmt: skip
+    pairs = record.results["comparisons"].items()
+    found = [(pair.split(" - ")[0], value["loss"]) for pair, value in pairs if pair.endswith(" - single")]
+    return intervals(
+        "differences", "Loss against one LoRA", found, "loss minus that of one LoRA, nats", "gradientspace"
+    )
+
+
+def intervals(
+    name: str, title: str, found: Sequence[tuple[str, dict[str, float]]], axis: str, ours: str | None = None
+) -> Chart | None:
+    """Means with their 95 % intervals, one row each, about zero; `ours` stands out, or all do."""
     if not found:
         return None
 
     def paint(axes: Any) -> None:
-        for i, (name, d) in enumerate(found):
-            ours = name == "gradientspace"
-            axes.plot([d["low"], d["high"]], [i, i], color=ACCENT if ours else MUTED, solid_capstyle="round", lw=2.2)
-            axes.plot(d["mean"], i, "o", color=ACCENT if ours else MUTED, ms=5)
+        for i, (label, d) in enumerate(found):
+            colour = ACCENT if ours in (label, None) else MUTED
+            axes.plot([d["low"], d["high"]], [i, i], color=colour, solid_capstyle="round", lw=2.2)
+            axes.plot(d["mean"], i, "o", color=colour, ms=5)
         axes.axvline(0, color=INK, lw=0.8)
-        axes.set_yticks(range(len(found)), [name for name, _ in found])
+        axes.set_yticks(range(len(found)), [label for label, _ in found])
         axes.set_ylim(-0.6, len(found) - 0.4)
-        axes.set_xlabel("loss minus that of one LoRA, nats")
+        axes.set_xlabel(axis)
         axes.locator_params(axis="x", nbins=5)
         bar_axes(axes)
 
-    text = "; ".join(f"{name} {d['mean']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f})" for name, d in found)
+    text = "; ".join(f"{label} {d['mean']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f})" for label, d in found)
     return draw(
-        "differences", "Loss against one LoRA", f"Paired differences in nats with 95 % intervals: {text}.",
-        ["method", "mean", "low", "high"], [[name, d["mean"], d["low"], d["high"]] for name, d in found], paint,
-        height=0.8 + 0.3 * len(found),
+        name, title, f"Paired differences in nats with 95 % intervals: {text}.", ["", "mean", "low", "high"],
+        [[label, d["mean"], d["low"], d["high"]] for label, d in found], paint, height=0.8 + 0.3 * len(found),
     )  # fmt: skip
 
 
