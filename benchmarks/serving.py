@@ -204,9 +204,8 @@ def gradient_seconds(shape: dict[str, int], folders: dict[str, Path], b: int, ro
     return statistics.median(times[1:])
 
 
-def one_shape(name: str, quick: bool) -> dict[str, Any]:
+def one_shape(name: str, quick: bool, rounds: int) -> dict[str, Any]:
     shape = SHAPES[name]
-    rounds = 1 if quick else 3 if name == "gpt2-small" else 5
     with tempfile.TemporaryDirectory() as folder:
         folders = save_adapters(shape, Path(folder))
         arms = arms_of(shape, folders)
@@ -250,7 +249,7 @@ def routing(quick: bool) -> dict[str, Any]:
     from gradientspace.router import LinearHead, Router
 
     rng = np.random.default_rng(0)
-    n = 20 if quick else 300
+    n = 20 if quick else 200
     # "the" is one word piece, and two special ones are added; what the words are changes no time.
     texts = {"128 word pieces": ["the " * 126] * n, "16 word pieces": ["the " * 14] * n}
     results: dict[str, Any] = {}
@@ -278,12 +277,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--quick", action="store_true", help="one round of the smallest shape: a smoke test")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--rounds", type=int, default=5, help="how often every arm runs; the median counts")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results: dict[str, Any] = {"machine": describe("transformers", "peft"), "experts": N_EXPERTS, "shapes": {}}
     results["routing_milliseconds"] = routing(options.quick)
-    for name in ["demo"] if options.quick else SHAPES:
-        results["shapes"][name] = one_shape(name, options.quick)
+    for name in ["demo"] if options.quick else options.shapes:
+        results["shapes"][name] = one_shape(name, options.quick, 1 if options.quick else options.rounds)
     fastest = results["routing_milliseconds"][list(results["routing_milliseconds"])[-1]]["128 word pieces"]["median"]
     for shape in results["shapes"].values():
         if shape["shape"]["new_tokens"] == 64:
