@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from gradientspace import encoder as room
 from gradientspace.encoder import DEFAULT_ENCODER, Encoder, resolve_encoder
@@ -198,3 +199,12 @@ def test_importing_the_room_is_light():
         check=True,
     )
     assert output.stdout.strip() == "[]"
+
+
+@needs_package
+def test_bfloat16_is_near_float32_and_never_the_default(minilm):
+    assert minilm.dtype == Encoder(device="cpu").dtype == torch.float32
+    rounded = Encoder(device="cpu", dtype="bfloat16").encode(TEXTS)
+    assert rounded.dtype == np.float32
+    assert (rounded * minilm.encode(TEXTS)).sum(axis=1).min() > 0.999
+    assert Encoder(device="cpu", dtype="auto").dtype in (torch.float32, torch.bfloat16)
