@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,8 +15,9 @@ from safetensors.numpy import load_file
 
 from gradientspace.arm import Arm
 from gradientspace.baselines.elrea import ensemble_weights, instruction_of
+from gradientspace.cards import _GROUPED
 from gradientspace.comparison import measure, with_fallback
-from gradientspace.config import Baseline, GradientSpaceConfig, InferenceMode
+from gradientspace.config import Baseline, ClusteringConfig, GradientSpaceConfig, InferenceMode
 from gradientspace.data.sample import Sample
 from gradientspace.ensemble import ensemble_answers, ensemble_losses
 from gradientspace.errors import ConfigError
@@ -24,6 +25,7 @@ from gradientspace.inference import BASE, Experts, expert_folders
 from gradientspace.job import Job
 from gradientspace.models import lora
 from gradientspace.pipeline import run
+from gradientspace.report.sections import METHODS
 from gradientspace.run_folder import Run
 
 ALL = list(get_args(Baseline))
@@ -133,6 +135,11 @@ def test_two_equal_logits_average_to_themselves_and_two_unlike_ones_do_not(compa
     # Cross-entropy is convex in the logits: the average's loss is below the losses' average.
     assert (mixed <= np.mean(columns, axis=0) + 1e-6).all()
     assert not np.allclose(mixed, columns[0])
+
+
+def test_every_way_of_grouping_has_words_for_its_cards_and_its_report() -> None:
+    assert set(get_args(get_type_hints(ClusteringConfig)["method"])) == set(_GROUPED)
+    assert set(ALL) <= set(METHODS)
 
 
 def test_weights_follow_the_standardised_cosine() -> None:

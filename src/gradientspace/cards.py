@@ -196,6 +196,7 @@ _START = {
 _GROUPED = {
     "gradient": "whose gradients pull the base the same way",
     "embedding": "whose prompts are about the same",
+    "tfidf": "whose prompts share words",
     "source": "of one source",
     "random": "grouped by chance",
 }

@@ -14,10 +14,17 @@ METHODS = {
     "base": "the base model",
     "single": "one LoRA on the mix",
     "single-wide": "one wide LoRA",
+    "single-long": "one LoRA with K times the tokens",
     "random": "random groups",
     "embedding": "embedding clusters",
+    "tfidf": "clusters of words",
     "source": "the true sources",
+    "plain": "plain gradient clusters",
+    "less": "clusters of gradients projected to 8,192",
+    "projection-2048": "clusters of gradients projected to 2,048",
+    "projection-512": "clusters of gradients projected to 512",
     "elrea": "ELREA",
+    "gradientspace-paper": "the paper's own recipe",
     "oracle": "the best expert for every prompt",
 }
 
