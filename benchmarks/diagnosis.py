@@ -37,7 +37,7 @@ SEED = 0
 
 
 def demo_arm(options: argparse.Namespace, control: str, name: str) -> GradientSpaceConfig:
-    """The demo's recipe under another name; K is left to the spectrum where there is nothing to split."""
+    """The demo's recipe, K included, under another name."""
     base = build_base(options.folder / "demo-assets/base-seed0", SEED)
     data = write_data(options.folder / f"demo-assets/{control}-seed0", control, SEED)  # type: ignore[arg-type]
     return sized(demo_config(name, options.folder, base, data, SEED), options)
