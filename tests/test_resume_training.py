@@ -16,7 +16,7 @@ import yaml
 from conftest import micro_values
 from micro_training import Micro, weights
 
-from gradientspace.checkpoints import ResumableTrainer
+from gradientspace.training_checkpoints import ResumableTrainer
 from gradientspace.config import GradientSpaceConfig
 from gradientspace.pipeline import run
 

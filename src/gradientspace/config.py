@@ -179,7 +179,7 @@ class ClusteringConfig:
     running mean of all its samples."""
     center: bool = True
     """Subtract the validation mean of unit gradients before clustering."""
-    n_init: int = 10
+    n_init: int = 30
     """Restarts of spherical k-means."""
     ridge: float = 1.0
     """Penalty of the ridge regression from prompt embeddings to gradient coordinates (routable)."""

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import torch
 
 from gradientspace.assignments import Assignments
-from gradientspace.checkpoint import PassCheckpoint
+from gradientspace.pass_checkpoint import PassCheckpoint
 from gradientspace.clustering import MemoryPlan, OnlineSVDClusterer, RowSource, spherical_kmeans
 from gradientspace.clustering.kmeans import merge_small_clusters
 from gradientspace.clustering.settle import moved_share, settle_by_coordinates

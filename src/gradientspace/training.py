@@ -1,7 +1,7 @@
 """Train one adapter on one set of samples: warm-up, shared adapter, experts and baselines alike.
 
 The loop is transformers' `Trainer`; what is here chooses its arguments, pads batches and shows progress.
-`checkpoints.py` lets it go on after a kill, `early_stopping.py` ends it when a held-out part says so.
+`training_checkpoints.py` lets it go on after a kill, `early_stopping.py` ends it when a held-out part says so.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def train_adapter(
     """
     from transformers import PrinterCallback
 
-    from gradientspace.checkpoints import ResumableTrainer, latest_checkpoint
+    from gradientspace.training_checkpoints import ResumableTrainer, latest_checkpoint
 
     rate = learning_rate if learning_rate is not None else config.learning_rate
     keep_best = _early_stopping(config, held_out, label)

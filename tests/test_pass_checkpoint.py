@@ -8,7 +8,7 @@ from conftest import micro_values
 
 from gradientspace import checkpoint
 from gradientspace.assignments import Assignments
-from gradientspace.checkpoint import PassCheckpoint
+from gradientspace.pass_checkpoint import PassCheckpoint
 from gradientspace.clustering import OnlineSVDClusterer
 from gradientspace.config import GradientSpaceConfig
 from gradientspace.pipeline import run
