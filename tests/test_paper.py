@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -122,9 +123,9 @@ def test_a_missing_results_file_is_named_and_left_out(script, tmp_path: Path) ->
     assert figures.draw(tmp_path, tmp_path / "out") == list(figures.FIGURES)
 
 
-def test_alignment_from_inner_products_is_the_streamed_one(script, finished_run: Run) -> None:
+def test_alignment_from_inner_products_is_the_streamed_one(script, finished_run: Run, tmp_path: Path) -> None:
     alignment = script("alignment")
-    rows = alignment.Rows(Job(finished_run))
+    rows = alignment.Rows(Job(Run.open(shutil.copytree(finished_run.path, tmp_path / "micro"))))
     labels, routed = alignment.GROUPINGS["embedding"](rows, 2)
     streamed = RoutedAlignment(2).add_reference(_gradients(rows, rows.fit), labels)
     result = streamed.add_probe(_gradients(rows, rows.dev), routed).result()

@@ -15,24 +15,28 @@ from dataclasses import asdict
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-import pyarrow as pa
 
 from gradientspace.data.sample import Sample
 from gradientspace.data.shapes import Conversation
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 _BATCH = 1024
 _TOKENS = ("input_ids", "labels")
-_TURN = pa.struct([("role", pa.string()), ("content", pa.string())])
-_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()), ("prompt", pa.string()), ("input_ids", pa.list_(pa.int32())),
-        ("labels", pa.list_(pa.int32())), ("reference", pa.string()), ("domain", pa.string()),
-        ("source", pa.string()), ("row", pa.int64()), ("messages", pa.list_(_TURN)),
-    ]
-)  # fmt: skip
+
+
+def _schema() -> pa.Schema:
+    """The columns of a sample. pyarrow takes a while to import, and most data needs no file."""
+    import pyarrow as pa
+
+    text, turn = pa.string(), pa.struct([("role", pa.string()), ("content", pa.string())])
+    tokens = {name: pa.list_(pa.int32()) for name in _TOKENS}
+    columns = {"id": text, "prompt": text, **tokens, "reference": text, "domain": text, "source": text}
+    return pa.schema({**columns, "row": pa.int64(), "messages": pa.list_(turn)})
 
 
 def _scratch_folder(owner: object) -> Path:
@@ -66,8 +70,10 @@ class SampleWriter:
     """Takes samples one by one; `finish` gives them as a sequence."""
 
     def __init__(self) -> None:
-        self._file = _File()
-        self._writer = pa.ipc.new_file(str(self._file.path), _SCHEMA)
+        import pyarrow as pa
+
+        self._file, self._schema = _File(), _schema()
+        self._writer = pa.ipc.new_file(str(self._file.path), self._schema)
         self._waiting: list[Sample] = []
         self._count = 0
 
@@ -84,13 +90,17 @@ class SampleWriter:
         return StoredSamples(self._file, np.arange(self._count))
 
     def _flush(self) -> None:
+        import pyarrow as pa
+
         if self._waiting:
-            columns = [_column(f, [getattr(sample, f.name) for sample in self._waiting]) for f in _SCHEMA]
-            self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
+            columns = [_column(f, [getattr(sample, f.name) for sample in self._waiting]) for f in self._schema]
+            self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
             self._waiting = []
 
 
 def _column(field: pa.Field, values: list[Any]) -> pa.Array:
+    import pyarrow as pa
+
     if field.name not in _TOKENS:
         return pa.array(values, field.type)
     # By way of numpy: Arrow would look at every number of a list of lists twice.
@@ -106,11 +116,13 @@ class _File:
 
     @cached_property
     def _reader(self) -> pa.ipc.RecordBatchFileReader:
+        import pyarrow as pa
+
         return pa.ipc.open_file(pa.memory_map(str(self.path)))
 
     def sample(self, row: int) -> Sample:
         batch, place = self._reader.get_batch(row // _BATCH), row % _BATCH
-        values = {name: batch.column(name)[place] for name in _SCHEMA.names}
+        values = {name: batch.column(name)[place] for name in batch.schema.names}
         tokens = {name: values.pop(name).values.to_numpy().tolist() for name in _TOKENS}
         return Sample(**tokens, **{name: value.as_py() for name, value in values.items()})
 
