@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import micro_values
 
-from gradientspace import checkpoint
+from gradientspace import pass_checkpoint
 from gradientspace.assignments import Assignments
-from gradientspace.pass_checkpoint import PassCheckpoint
 from gradientspace.clustering import OnlineSVDClusterer
 from gradientspace.config import GradientSpaceConfig
+from gradientspace.pass_checkpoint import PassCheckpoint
 from gradientspace.pipeline import run
 from gradientspace.projection import ProjectedRows
 from gradientspace.run_folder import Run
@@ -24,8 +24,8 @@ class Killed(BaseException):
 def test_a_killed_pass_goes_on_to_the_same_bytes(
     finished_run: Run, micro_model: Path, micro_mix: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "INTERVAL", 0.0)
-    monkeypatch.setattr(checkpoint, "LARGEST_SHARE", 1e9)
+    monkeypatch.setattr(pass_checkpoint, "INTERVAL", 0.0)
+    monkeypatch.setattr(pass_checkpoint, "LARGEST_SHARE", 1e9)
     values = micro_values(micro_model, micro_mix, tmp_path)
     values["gradients"] = {"max_tokens_per_batch": 512}
     config = GradientSpaceConfig.from_dict(values)

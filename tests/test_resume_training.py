@@ -16,9 +16,9 @@ import yaml
 from conftest import micro_values
 from micro_training import Micro, weights
 
-from gradientspace.training_checkpoints import ResumableTrainer
 from gradientspace.config import GradientSpaceConfig
 from gradientspace.pipeline import run
+from gradientspace.training_checkpoints import ResumableTrainer
 
 OFTEN = {"checkpoint_seconds": 0.0, "per_device_train_batch_size": 2}
 

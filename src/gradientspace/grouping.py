@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 import torch
 
 from gradientspace.assignments import Assignments
-from gradientspace.pass_checkpoint import PassCheckpoint
 from gradientspace.clustering import MemoryPlan, OnlineSVDClusterer, RowSource, spherical_kmeans
 from gradientspace.clustering.kmeans import merge_small_clusters
 from gradientspace.clustering.settle import moved_share, settle_by_coordinates
@@ -33,6 +32,7 @@ from gradientspace.evaluation import variance_shares
 from gradientspace.gradients import GradientBatch, PerSampleGradients
 from gradientspace.gradients.engine import GRADIENT_BYTES
 from gradientspace.gradients.store import fingerprint
+from gradientspace.pass_checkpoint import PassCheckpoint
 from gradientspace.progress import Progress, say
 from gradientspace.projection import ProjectedRows
 from gradientspace.routable import RoutableMap
