@@ -1,13 +1,13 @@
-"""Does `diagnose` say what is true? The demo, a homogeneous control, gsm8k alone, and rows with shuffled answers.
+"""Does `diagnose` say what is true? The demo, a homogeneous control, gsm8k alone, the real mix, shuffled answers.
 
     python benchmarks/diagnosis.py --json results.json            # minutes; started again, it goes on
     python benchmarks/diagnosis.py --quick                        # a smoke size, the demo only
     python benchmarks/diagnosis.py --arms shuffled,gsm8k
 
-`shuffled`: the answers of 5 % of the demo's training rows are passed around among them. Precision and recall of the
-suspicious rows are measured within the sample that was examined: of the list as it is printed, and of as many rows
-as were shuffled, ranked by gradient conflict, by loss, and by both; chance is the share of shuffled rows. `gsm8k` needs
-the shared data and base beside the repository and is skipped, with a word, without them.
+`shuffled`, `real-mix-shuffled`: the answers of 5 % of the training rows are passed around among them. Precision and
+recall of the suspicious rows are measured within the sample that was examined: of the list as it is printed, and of as
+many rows as were shuffled, ranked by gradient conflict, by loss, and by both; chance is the share of shuffled rows.
+`gsm8k` and the real mix need the shared data and base beside the repository and are skipped, with a word, without them.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from gradientspace.job import Job
 from gradientspace.run_folder import Run, write_json
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+MIX = SHARED / "data/mix/train.jsonl"
+SKIPPED = {"skipped": "the shared data is not beside the repository"}
 SHUFFLED_SHARE = 0.05
 SEED = 0
 
@@ -65,26 +67,51 @@ def one_skill(options: argparse.Namespace) -> dict[str, Any]:
 
 def gsm8k(options: argparse.Namespace) -> dict[str, Any]:
     """Rows of one source, the pilot forced to try two groups where the spectrum does not say one."""
-    mix, base = SHARED / "data/mix/train.jsonl", SHARED / "models/tiny-base"
-    if not mix.is_file():
-        return {"skipped": "the shared data is not beside the repository"}
-    rows = [row for line in mix.read_text().splitlines() if (row := json.loads(line))["source"] == "gsm8k"]
-    path = options.folder / "gsm8k.jsonl"
+    if not MIX.is_file():
+        return SKIPPED
+    rows = [row for row in read_mix() if row["source"] == "gsm8k"]
+    config = mix_config(options, "gsm8k", rows, n_clusters=2)
+    config.diagnosis.n_samples = 300
+    return verdict_of(sized(config, options))
+
+
+def real_mix(options: argparse.Namespace) -> dict[str, Any]:
+    if not MIX.is_file():
+        return SKIPPED
+    return verdict_of(sized(mix_config(options, "real-mix", read_mix(), n_clusters=8), options))
+
+
+def real_mix_shuffled(options: argparse.Namespace) -> dict[str, Any]:
+    if not MIX.is_file():
+        return SKIPPED
+    rows = read_mix()
+    wrong = pass_answers_around(rows, random.Random(SEED))
+    return rows_found(sized(mix_config(options, "real-mix-shuffled", rows, n_clusters=8), options), wrong)
+
+
+def read_mix() -> list[dict[str, str]]:
+    return [json.loads(line) for line in MIX.read_text().splitlines()]
+
+
+def mix_config(
+    options: argparse.Namespace, name: str, rows: list[dict[str, str]], *, n_clusters: int
+) -> GradientSpaceConfig:
+    """The shared base on these rows of the real mix."""
+    path = options.folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = {
-        "name": "gsm8k",
+        "name": name,
         "output_dir": str(options.folder),
-        "model": {"model_name_or_path": str(base)},
+        "model": {"model_name_or_path": str(SHARED / "models/tiny-base")},
         "data": {"train": [{"path": str(path)}], "max_length": 384, "warmup_fraction": 0.1},
         "training": {"learning_rate": 2e-3},
-        "clustering": {"n_clusters": 2},
-        "diagnosis": {"n_samples": 300},
+        "clustering": {"n_clusters": n_clusters},
     }
-    return verdict_of(sized(GradientSpaceConfig.from_dict(values), options))
+    return GradientSpaceConfig.from_dict(values)
 
 
 def shuffled(options: argparse.Namespace) -> dict[str, Any]:
-    """Precision and recall of the rows that fight everything, on the demo with 5 % of the answers passed around."""
+    """The demo with 5 % of the answers passed around."""
     config = demo_arm(options, "none", "shuffled")
     rows = generate(2240, seed=SEED)
     wrong = pass_answers_around(rows, random.Random(SEED))
@@ -93,6 +120,11 @@ def shuffled(options: argparse.Namespace) -> dict[str, Any]:
     config.data.train[0].path = str(path)
     if not options.quick:
         config.diagnosis.n_samples = 1000
+    return rows_found(config, wrong)
+
+
+def rows_found(config: GradientSpaceConfig, wrong: set[str]) -> dict[str, Any]:
+    """Precision and recall of the rows that fight everything, within the sample that was examined."""
     found, folder = diagnose(config)
     survey = survey_gradients(Job(Run.open(folder)))
     truth = np.array([s.id in wrong for s in survey.samples])
@@ -135,7 +167,10 @@ def precision_recall(chosen: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
     return result
 
 
-ARMS = {"demo": demo, "one-skill": one_skill, "shuffled": shuffled, "gsm8k": gsm8k}
+ARMS = {
+    "demo": demo, "one-skill": one_skill, "shuffled": shuffled,
+    "gsm8k": gsm8k, "real-mix": real_mix, "real-mix-shuffled": real_mix_shuffled,
+}  # fmt: skip
 
 
 def main() -> None:
