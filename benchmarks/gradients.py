@@ -8,7 +8,8 @@ Sections
     packing    padded against packed batches on short mixed lengths
     stream     peak memory of a stream of one thousand and of ten thousand samples
     precision  the error of bf16 weights against fp32
-opacus and bergson take part where they are installed. Memory is the growth of the resident set (or of the
+opacus and bergson take part where they are installed (bergson brings a torchvision that does not fit torch's CPU build:
+uninstall it there). Memory is the growth of the resident set (or of the
 GPU's allocations) over what the loaded model takes, each arm in a process of its own.
 """
 
