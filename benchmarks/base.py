@@ -5,7 +5,7 @@
     python benchmarks/base.py --rank models/base-256 models/base-320 ../shared/models/tiny-base
 
 The first form trains one candidate: its own byte-level BPE of 4,096 tokens, documents packed into blocks, bf16
-autocast, AdamW with a cosine, a held-out 2 % of the documents scored after every epoch. It is checkpointed: killed and
+autocast, compiled (1.3 to 1.7 times as fast here), AdamW with a cosine, a held-out 2 % of the documents scored after every epoch. It is checkpointed: killed and
 started again, it goes on. The second form ranks finished candidates, and any other base, by their loss on the mix's
 `dev` rows. Tokenizers differ, so losses are nats a byte of text, not nats a token. `test` is not read.
 """
@@ -161,7 +161,10 @@ def make_trainer(
         warmup_steps=0.03,  # a value below one is a share of the steps
         weight_decay=options.weight_decay,
         adam_beta2=0.98,
+        optim="adamw_torch_fused",
         bf16=True,
+        torch_compile=options.compile,
+        dataloader_drop_last=True,  # one shape, compiled once
         use_cpu=not torch.cuda.is_available(),
         eval_strategy="epoch",
         save_strategy="steps",
@@ -255,7 +258,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rank", type=Path, nargs="+", help="rank these bases by dev loss instead of training one")
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--num-layers", type=int, default=6)
-    parser.add_argument("--num-heads", type=int, default=8)
+    parser.add_argument("--num-heads", type=int, default=4, help="heads of 64 are 1.5 times as fast as heads of 32")
     parser.add_argument("--intermediate-size", type=int, help="default: 8/3 of the hidden size, in steps of 16")
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--block-length", type=int, default=256)
@@ -266,6 +269,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--attention-dropout", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="where there is no C++ compiler")
     parser.add_argument("--json", type=Path, help="write the record there")
     parser.add_argument("--quick", action="store_true", help="a smoke size, under a minute")
     options = parser.parse_args()
@@ -273,6 +277,7 @@ def parse() -> argparse.Namespace:
         options.intermediate_size = round(options.hidden_size * 8 / 3 / 16) * 16
     if options.quick:
         options.hidden_size, options.num_layers, options.intermediate_size, options.epochs = 64, 2, 128, 1
+        options.num_heads, options.compile = 2, False
     return options
 
 
