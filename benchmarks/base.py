@@ -5,9 +5,10 @@
     python benchmarks/base.py --rank models/base-256 models/base-320 ../shared/models/tiny-base
 
 The first form trains one candidate: its own byte-level BPE of 4,096 tokens, documents packed into blocks, bf16
-autocast, compiled (1.3 to 1.7 times as fast here), AdamW with a cosine, a held-out 2 % of the documents scored after every epoch. It is checkpointed: killed and
-started again, it goes on. The second form ranks finished candidates, and any other base, by their loss on the mix's
-`dev` rows. Tokenizers differ, so losses are nats a byte of text, not nats a token. `test` is not read.
+autocast, compiled (1.3 to 1.7 times as fast here), AdamW with a cosine, a held-out 2 % of the documents scored after
+every epoch. It is checkpointed: killed and started again, it goes on. The second form ranks finished candidates, and
+any other base, by their loss on the mix's `dev` rows. Tokenizers differ, so losses are nats a byte of text, not nats a
+token. `test` is not read.
 """
 
 from __future__ import annotations

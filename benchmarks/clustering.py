@@ -6,7 +6,7 @@
 
 Every cell is written as soon as it is measured, and a cell that the file has already is not measured again.
 
-quality     adjusted Rand index with the truth, seconds and bytes of one online pass, of spherical k-means on all full
+quality     adjusted Rand index with the truth, seconds and memory of one online pass, of spherical k-means on all full
             rows (the ceiling), of MiniBatchKMeans, and of random projections followed by k-means or BIRCH
 options     the same index for every option of the clusterer, on the settings that are hard
 preconditioning  real gradients divided by Adam's second moment, against as they are; needs --real
@@ -44,7 +44,7 @@ from gradientspace.clustering.running_svd import RunningSVD, largest_angle
 from gradientspace.clustering.stability import kmeans_stability
 from gradientspace.clustering.svd import gradient_svd
 from gradientspace.gradients import PerSampleGradients
-from gradientspace.progress import resident_bytes
+from gradientspace.progress import PeakMemory, resident_bytes
 
 # A named setting: what describes it, and what measures it.
 Measured = Iterator[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]]
@@ -104,10 +104,11 @@ def quality(options: argparse.Namespace) -> Measured:
         def measure(make=make) -> dict[str, Any]:
             cell, methods = make(), {}
             for method, run in METHODS.items():
-                start = time.perf_counter()
-                found, held = run(cell)
+                before, start = resident_bytes(), time.perf_counter()
+                with PeakMemory() as memory:
+                    found, held = run(cell)
                 seconds = time.perf_counter() - start
-                methods[method] = {"seconds": seconds, "bytes": held}
+                methods[method] = {"seconds": seconds, "bytes": held, "peak_bytes": memory.peak_bytes - before}
                 methods[method] |= {f"ari {kind}": score(cell, labels) for kind, labels in found.items()}
             return {"methods": methods}
 
@@ -191,6 +192,8 @@ def n_clusters(options: argparse.Namespace) -> Measured:
         )
         cells[f"K {k}, cosine 0.1, {worst} : 1"] = replace(base, n_clusters=k, imbalance=float(worst))
     if not options.quick:
+        cells["K 2, cosine 0.1"] = replace(base, n_clusters=2)
+        cells["K 4, cosine 0.5"] = replace(base, n_clusters=4, cosine=0.5)
         cells["K 4, cosine 0.1, noise decay 0.6"] = replace(base, n_clusters=4, noise_decay=0.6)
     draws = 2 if options.quick else 50
     for name, planted in cells.items():

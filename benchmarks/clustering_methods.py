@@ -1,6 +1,7 @@
 """The methods that `clustering.py` compares, each from rows (N, D) in memory to labels and the bytes that it holds.
 
-Bytes are counted, not measured: what the method keeps beside the batch that it reads, with numbers of four bytes.
+Its bytes are counted: what the method keeps beside the batch that it reads, with numbers of four bytes. The peak that
+`clustering.py` measures beside them has the libraries' copies too.
 """
 
 from __future__ import annotations

@@ -78,13 +78,15 @@ def summary(cells: dict[str, Any]) -> str:
 def spent(cells: dict[str, Any]) -> str:
     name = "D 100,000"
     rows = [
-        [method, f"{values['seconds']:.1f}", f"{values['bytes'] / 2**20:,.0f}"]
+        [method, f"{values['seconds']:.1f}", *(f"{values[key] / 2**20:,.0f}" for key in ("bytes", "peak_bytes"))]
         for method, values in cells[name]["methods"].items()
     ]
     text = (
-        f"**Seconds and MiB held** at {name} (N = {cells[name]['n']:,}, K = {cells[name]['n_clusters']}, one thread)."
+        f"**Seconds and memory** at {name} (N = {cells[name]['n']:,}, K = {cells[name]['n_clusters']}, one thread). "
+        "Held is what a method has to keep of a stream; the peak is what the process grew by, copies of the rows "
+        "included, which all lie in memory here."
     )
-    return text + "\n\n" + table(["method", "seconds", "MiB"], rows)
+    return text + "\n\n" + table(["method", "seconds", "MiB held", "MiB peak"], rows)
 
 
 def options(cells: dict[str, Any]) -> str:

@@ -127,10 +127,13 @@ def test_alignment_from_inner_products_is_the_streamed_one(script, finished_run:
     alignment = script("alignment")
     rows = alignment.Rows(Job(Run.open(shutil.copytree(finished_run.path, tmp_path / "micro"))))
     labels, routed = alignment.GROUPINGS["embedding"](rows, 2)
-    streamed = RoutedAlignment(2).add_reference(_gradients(rows, rows.fit), labels)
-    result = streamed.add_probe(_gradients(rows, rows.dev), routed).result()
+    fit, dev = _gradients(rows, rows.fit), _gradients(rows, rows.dev)
+    result = RoutedAlignment(2).add_reference(fit, labels).add_probe(dev, routed).result()
+    tokens = torch.tensor([sum(label != -100 for label in s.labels) for s in rows.fit])
+    steps = torch.stack([(fit * tokens[:, None])[torch.from_numpy(labels == k)].sum(dim=0) for k in range(2)])
+    in_loss = (dev * torch.nn.functional.normalize(steps)[routed]).sum(dim=1).mean().item()
     own = rows.alignment(labels, routed).mean(axis=0) / 1000
-    assert own == pytest.approx([result.first_order, result.unit_step], rel=1e-4)
+    assert own == pytest.approx([result.first_order, result.unit_step, in_loss], rel=1e-4)
 
 
 def _gradients(rows, samples) -> torch.Tensor:

@@ -6,7 +6,9 @@ ranks groupings as training does.
 
 The table: groupings fitted on `fit`, prompts of `dev` routed, alignment of the uncentred unit gradients of `dev` with
 the mean of the group each is routed to, first order and for a step of unit length (times 1,000), mean and 95 %
-interval over seeds; every seed draws splits, warm-up and clusters anew. With `--train`, on the config's own seed, the
+interval over seeds; every seed draws splits, warm-up and clusters anew. Beside them the gain *in loss*: the gradients
+of `dev` as long as they are, and a step of unit length along the group's sum with every token counted once, as
+training counts them. With `--train`, on the config's own seed, the
 experts of every grouping are trained too, and the ranking by alignment is compared with the ranking by `dev` loss.
 `test` is not read. The inner products of all rows are kept (N x N), so that any grouping costs no further gradient.
 """
@@ -29,7 +31,9 @@ from scipy import stats
 from gradientspace import pipeline
 from gradientspace.baselines.groupings import tfidf_labels
 from gradientspace.clustering import OnlineSVDClusterer, spherical_kmeans
+from gradientspace.clustering.svd import gradient_svd
 from gradientspace.config import GradientSpaceConfig, load_config
+from gradientspace.data import IGNORE_INDEX
 from gradientspace.gradients import PerSampleGradients
 from gradientspace.grouping import Groups
 from gradientspace.inference import Experts
@@ -41,6 +45,8 @@ from gradientspace.router import LinearHead
 
 Grouping = Callable[["Rows", int], tuple[np.ndarray, np.ndarray]]
 """Rows and K -> labels (n_fit,) of `fit` and the groups (n_dev,) that the prompts of `dev` are routed to."""
+METRICS = ("first_order", "unit_step", "in_loss")
+"""<u_j, m_k>; <u_j, m_k / |m_k|>; <g_j, s_k / |s_k|> with s_k the sum of the group's gradients, each token once."""
 BLOCK = 16_384
 """Columns of one product: all rows of a block lie in memory."""
 DRAWS = 2000
@@ -58,6 +64,7 @@ class Rows:
         tensors = load_file(str(folder / "rows.safetensors"))
         self.inner, embeddings = tensors["inner"].astype(np.float64), tensors["embeddings"].astype(np.float64)
         n = len(self.fit)
+        self.norms, self.tokens = tensors["norms"].astype(np.float64), tensors["tokens"].astype(np.float64)
         self.embeddings, self.dev_embeddings = embeddings[:n], embeddings[n:]
         self.isometry = _isometry(self.inner)[:n]
         position = {id(sample): i for i, sample in enumerate(self.fit)}
@@ -71,6 +78,11 @@ class Rows:
             self._clusterers[q] = clusterer.initialize(self.isometry[self.validation])
         return np.asarray(self._clusterers[q].transform(self.isometry), dtype=np.float64)
 
+    def in_loss(self, q: int) -> np.ndarray:
+        """(n_fit, q) coordinates of the gradients themselves: not centred, not scaled to unit length."""
+        basis = gradient_svd(torch.from_numpy(self.isometry[self.validation]), q, center=False).components
+        return (self.isometry @ basis.numpy().T).astype(np.float64) * self.norms[: len(self.fit), None]
+
     def routed(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Labels without gaps, and where the router that every grouping gets sends `dev`."""
         labels = np.unique(labels, return_inverse=True)[1]
@@ -80,17 +92,26 @@ class Rows:
         return labels, head.predict_scores(self.dev_embeddings.astype(np.float32)).argmax(axis=1)
 
     def alignment(self, labels: np.ndarray, routed: np.ndarray) -> np.ndarray:
-        """(n_dev, 2): <u_j, m_k> and <u_j, m_k / |m_k|> of every row of `dev`, times 1,000."""
+        """(n_dev, 3) of every row of `dev`, as METRICS names them, times 1,000."""
         n = len(labels)
         members = np.equal.outer(labels, np.arange(labels.max() + 1)).astype(float)
         members /= members.sum(axis=0)
-        lengths = np.sqrt(np.einsum("ik,ij,jk->k", members, self.inner[:n, :n], members, optimize=True))
-        gains = (self.inner[n:, :n] @ members)[np.arange(len(routed)), routed]
-        return 1000 * np.stack([gains, gains / lengths[routed]], axis=1)
+        gains, lengths = self._along(members, routed)
+        by_token, their_lengths = self._along(members * (self.norms * self.tokens)[:n, None], routed)
+        in_loss = self.norms[n:] * by_token / their_lengths
+        return 1000 * np.stack([gains, gains / lengths, in_loss], axis=1)
+
+    def _along(self, steps: np.ndarray, routed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For each row of `dev`: inner product with its group's step, a weighted sum (n_fit, K), and the length."""
+        n = len(steps)
+        lengths = np.sqrt(np.einsum("ik,ij,jk->k", steps, self.inner[:n, :n], steps, optimize=True))
+        return (self.inner[n:, :n] @ steps)[np.arange(len(routed)), routed], lengths[routed]
 
 
 def _write_rows(job: Job, samples: list[Any], folder: Path) -> None:
-    """rows.safetensors: `inner` (n, n) of the unit gradients at the warm-up adapter, `embeddings` (n, e)."""
+    """rows.safetensors: `inner` (n, n) of the unit gradients at the warm-up adapter, `norms` and supervised `tokens`
+    (n,), `embeddings` (n, e)."""
+    norms = np.zeros(len(samples), dtype=np.float32)
     with (
         tempfile.NamedTemporaryFile(dir=folder) as file,
         lora(job.base, job.config.lora, start=job.run.path / "warmup", seed=job.config.seed) as model,
@@ -99,6 +120,7 @@ def _write_rows(job: Job, samples: list[Any], folder: Path) -> None:
         units = np.memmap(file.name, dtype=np.float32, mode="w+", shape=(len(samples), engine.dim))
         with Progress("gradients", len(samples), "sample") as progress:
             for batch in engine.stream(samples, max_tokens=job.config.gradients.max_tokens_per_batch):
+                norms[batch.indices.numpy()] = batch.norms.cpu().numpy()
                 units[batch.indices.numpy()] = (batch.gradients / batch.norms[:, None]).cpu().numpy()
                 progress.advance(len(batch.indices))
         inner = torch.zeros(len(samples), len(samples), dtype=torch.float64)
@@ -107,10 +129,10 @@ def _write_rows(job: Job, samples: list[Any], folder: Path) -> None:
             inner += (block @ block.T).double()
         del units
     embeddings = job.encoder.encode([sample.prompt for sample in samples])
-    save_file(
-        {"inner": inner.float().numpy(), "embeddings": np.ascontiguousarray(embeddings, np.float32)},
-        str(folder / "rows.safetensors"),
-    )
+    tokens = np.array([sum(label != IGNORE_INDEX for label in sample.labels) for sample in samples], dtype=np.float32)
+    tensors = {"inner": inner.float().numpy(), "norms": norms, "tokens": tokens}
+    tensors["embeddings"] = np.ascontiguousarray(embeddings, np.float32)
+    save_file(tensors, str(folder / "rows.safetensors"))
 
 
 def _isometry(inner: np.ndarray) -> np.ndarray:
@@ -159,6 +181,14 @@ def _routable(q: int, alpha: float) -> Grouping:
     return group
 
 
+def _routable_in_loss(q: int) -> Grouping:
+    def group(rows: Rows, k: int) -> tuple[np.ndarray, np.ndarray]:
+        found = RoutableMap(k, random_state=rows.seed).fit(rows.embeddings, rows.in_loss(q))
+        return rows.routed(np.asarray(found.labels_))
+
+    return group
+
+
 GROUPINGS: dict[str, Grouping] = {
     "random": _random,
     "embedding": _embedding,
@@ -169,6 +199,7 @@ GROUPINGS: dict[str, Grouping] = {
     "routable q=64": _routable(64, 1.0),
     "routable q=64, alpha=10": _routable(64, 10.0),
     "routable q=511": _routable(511, 1.0),
+    "routable in loss q=511": _routable_in_loss(511),
 }
 
 
@@ -179,11 +210,9 @@ def table(rows_of: list[Rows], ks: list[int]) -> list[dict[str, Any]]:
         domain = {"domain": _domain} if k == len({sample.domain for sample in rows_of[0].fit}) else {}
         for name, grouping in ({"single": _single} if k == 1 else domain | GROUPINGS).items():
             means = np.array([rows.alignment(*grouping(rows, k)).mean(axis=0) for rows in rows_of])
-            row = {"k": k, "grouping": name, "first_order": interval(means[:, 0]), "unit_step": interval(means[:, 1])}
-            print(
-                f"K {k:<3} {name:<26}first order {_text(row['first_order'])}   unit step {_text(row['unit_step'])}",
-                flush=True,
-            )
+            row: dict[str, Any] = {"k": k, "grouping": name}
+            row |= {metric: interval(means[:, m]) for m, metric in enumerate(METRICS)}
+            print(f"K {k:<3} {name:<26}" + "   ".join(f"{m} {_text(row[m])}" for m in METRICS), flush=True)
             found.append(row)
     return found
 
@@ -221,12 +250,13 @@ def trained(rows: Rows, ks: list[int]) -> dict[str, Any]:
             losses = dev_losses(rows, f"{name} k={k}", labels, routed)
             gains = rows.alignment(labels, routed)
             measured.append({"k": k, "grouping": name, "gains": gains, "losses": losses})
-            print(f"K {k:<3} {name:<26}loss {losses.mean():.4f}   unit step {gains[:, 1].mean():6.1f}", flush=True)
+            means = "   ".join(f"{m} {v:.4g}" for m, v in zip(METRICS, gains.mean(axis=0), strict=True))
+            print(f"K {k:<3} {name:<26}loss {losses.mean():.4f}   {means}", flush=True)
     ranking = {f"K={k}": spearman([m for m in measured if m["k"] == k]) for k in ks}
     return {
         "arms": [
             {"k": m["k"], "grouping": m["grouping"], "dev_loss": float(m["losses"].mean())}
-            | dict(zip(("first_order", "unit_step"), m["gains"].mean(axis=0).tolist(), strict=True))
+            | dict(zip(METRICS, m["gains"].mean(axis=0).tolist(), strict=True))
             for m in measured
         ],
         "spearman": ranking | {"all K": spearman(measured)},
@@ -250,11 +280,11 @@ def dev_losses(rows: Rows, name: str, labels: np.ndarray, routed: np.ndarray) ->
 
 def spearman(measured: list[dict[str, Any]]) -> dict[str, Any]:
     """Rank correlation of alignment with the *gain* in loss, with a 95 % interval over resampled `dev` rows."""
-    gains = np.stack([m["gains"] for m in measured])  # (groupings, rows, 2)
+    gains = np.stack([m["gains"] for m in measured])  # (groupings, rows, metrics)
     losses = np.stack([m["losses"] for m in measured])
     generator = np.random.default_rng(0)
     result = {}
-    for column, name in enumerate(("first_order", "unit_step")):
+    for column, name in enumerate(METRICS):
         draws = []
         for _ in range(DRAWS):
             pick = generator.integers(0, losses.shape[1], losses.shape[1])
