@@ -7,7 +7,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from gradientspace.clustering.unit_rows import RowsError
 from gradientspace.errors import RunFolderError
-from gradientspace.routable import RidgeStatistics, RoutableMap, RoutedAlignment
+from gradientspace.routable import ALPHAS, RidgeStatistics, RoutableMap, RoutedAlignment
 
 
 @pytest.fixture
@@ -59,6 +59,19 @@ def test_predictions_are_out_of_fold():
     routable = RoutableMap(2, alpha=1e-3, random_state=0).fit(wide, noise)
     # In sample, 50 inputs explain most of 60 rows of pure noise; out of fold they explain none of it.
     assert routable.explained_ < 0
+
+
+def test_the_penalty_can_be_chosen_by_what_it_explains_out_of_fold(prompts, tmp_path):
+    x, z, _ = prompts
+    noisy = z + 3 * np.random.default_rng(3).standard_normal(z.shape)
+    chosen = RoutableMap(3, alpha="auto", random_state=0).fit(x, noisy)
+    explained = {alpha: RoutableMap(3, alpha=alpha, random_state=0).fit(x, noisy).explained_ for alpha in ALPHAS}
+    assert chosen.alpha_ == max(explained, key=lambda alpha: explained[alpha])
+    assert chosen.explained_ == explained[chosen.alpha_]
+    fixed = RoutableMap(3, alpha=chosen.alpha_, random_state=0).fit(x, noisy)
+    assert np.array_equal(chosen.labels_, fixed.labels_)
+    chosen.save(tmp_path)
+    assert RoutableMap.load(tmp_path).alpha_ == chosen.alpha_
 
 
 def test_groups_share_a_fold():

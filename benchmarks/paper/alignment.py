@@ -20,7 +20,7 @@ import dataclasses
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -173,10 +173,21 @@ def _plain(q: int) -> Grouping:
     return group
 
 
-def _routable(q: int, alpha: float) -> Grouping:
+def _routable(q: int, alpha: float | Literal["auto"]) -> Grouping:
     def group(rows: Rows, k: int) -> tuple[np.ndarray, np.ndarray]:
         found = RoutableMap(k, alpha=alpha, random_state=rows.seed).fit(rows.embeddings, rows.coordinates(q))
         return rows.routed(np.asarray(found.labels_))
+
+    return group
+
+
+def _as_routed(grouping: Grouping) -> Grouping:
+    """The same groups, but every row of `fit` goes where the router sends its prompt, as a new prompt would."""
+
+    def group(rows: Rows, k: int) -> tuple[np.ndarray, np.ndarray]:
+        labels, _ = grouping(rows, k)
+        head = LinearHead.fit(rows.embeddings.astype(np.float32), np.unique(labels, return_inverse=True)[1], rows.seed)
+        return rows.routed(head.predict_scores(rows.embeddings.astype(np.float32)).argmax(axis=1))
 
     return group
 
@@ -199,6 +210,8 @@ GROUPINGS: dict[str, Grouping] = {
     "routable q=64": _routable(64, 1.0),
     "routable q=64, alpha=10": _routable(64, 10.0),
     "routable q=511": _routable(511, 1.0),
+    "routable q=511, alpha=auto": _routable(511, "auto"),
+    "routable q=511, as routed": _as_routed(_routable(511, 1.0)),
     "routable in loss q=511": _routable_in_loss(511),
 }
 

@@ -300,7 +300,10 @@ def _make_routable(
     clusterer.replace_centers(routable.lift(_array(clusterer.components_)))
     table.predicted = np.where(usable[:, None], routable.predictions_, 0).astype(np.float32)
     table.relabel(np.asarray(routable.labels_), routable.centres_.numpy())
-    say(f"  the prompt predicts {100 * routable.explained_:.1f} % of the coordinates' variance (out of fold)")
+    say(
+        f"  the prompt predicts {100 * routable.explained_:.1f} % of the coordinates' variance (out of fold, "
+        f"ridge penalty {routable.alpha_:g})"
+    )
     return routable
 
 

@@ -10,6 +10,7 @@ gradient of the cluster they are sent to.
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from gradientspace.errors import RunFolderError
 
 MAP_FILE, RECORD_FILE = "routable.safetensors", "routable.json"
 BLOCK_ROWS = 8192
+ALPHAS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+"""Penalties that `alpha="auto"` tries: for embeddings of unit length, from next to none to next to no prompt."""
 
 
 class RidgeStatistics:
@@ -69,21 +72,21 @@ class RoutedPrediction:
 class RoutableMap:
     """Prompt embedding -> predicted gradient coordinates -> cluster.
 
-    Parameters: `n_clusters` K; `alpha` ridge penalty (embeddings are taken as they come: for unit-length ones
-    1.0 is a fair start); `n_folds` for the out-of-fold predictions; `n_init` k-means restarts;
+    Parameters: `n_clusters` K; `alpha` ridge penalty, embeddings taken as they come, or "auto": of `ALPHAS` the one
+    whose out-of-fold predictions explain most; `n_folds` for the out-of-fold predictions; `n_init` k-means restarts;
     `random_state`.
 
     After `fit`: `labels_` (N,) from out-of-fold predictions (-1 where the row was not usable), `predictions_`
     (N, q) out of fold, `coefficients_` (e + 1, q) from all rows, `centres_` (K, q) unit length, `explained_`
     the share of the coordinates' variance that out-of-fold predictions explain (0 or less: nothing is
-    routable).
+    routable), `alpha_` the penalty used.
     """
 
     def __init__(
         self,
         n_clusters: int,
         *,
-        alpha: float = 1.0,
+        alpha: float | Literal["auto"] = 1.0,
         n_folds: int = 5,
         n_init: int = 10,
         min_cluster_size: int = 1,
@@ -118,11 +121,19 @@ class RoutableMap:
         index = usable.nonzero().squeeze(1)
         for rows in index.split(BLOCK_ROWS):
             statistics.update(x[rows], z[rows], folds[rows])
-        predictions = torch.zeros(z.shape, dtype=torch.float64)
-        for fold in range(self.n_folds):
-            coefficients = statistics.solve(self.alpha, without=fold)
-            for rows in index[folds[index] == fold].split(BLOCK_ROWS):
-                predictions[rows] = _with_intercept(x[rows]) @ coefficients
+        target = z[index].double()
+        variance = float((target - target.mean(0)).square().sum())
+
+        def explained(predictions: Tensor) -> float:
+            return 1.0 - float((target - predictions[index]).square().sum()) / variance if variance > 0 else 0.0
+
+        best = None
+        for alpha in (self.alpha,) if isinstance(self.alpha, int | float) else ALPHAS:
+            predictions = _out_of_fold(statistics, x, folds, index, alpha)
+            if best is None or explained(predictions) > best[0]:
+                best = explained(predictions), alpha, predictions
+        assert best is not None
+        self.explained_, self.alpha_, predictions = best
         seed = int(random.randint(2**31 - 1))
         # Long predictions, where the prompt says much, pull harder on the centres (normalise=False).
         found, centres, _ = spherical_kmeans(predictions[index], self.n_clusters, self.n_init, seed, normalise=False)
@@ -130,13 +141,7 @@ class RoutableMap:
         labels = torch.full((len(x),), -1, dtype=torch.int64)
         labels[index] = torch.as_tensor(merged)
         self.centres_ = torch.as_tensor(centres).double()
-        self.coefficients_ = statistics.solve(self.alpha)
-        target = z[index].double()
-        residual, total = (
-            (target - predictions[index]).square().sum(),
-            (target - target.mean(0)).square().sum(),
-        )
-        self.explained_ = float(1.0 - residual / total) if total > 0 else 0.0
+        self.coefficients_ = statistics.solve(self.alpha_)
         self._torch_out = isinstance(embeddings, Tensor)
         self.labels_ = self._out(labels, self._torch_out)
         self.predictions_ = self._out(predictions, self._torch_out)
@@ -184,6 +189,7 @@ class RoutableMap:
             "min_cluster_size": self.min_cluster_size,
             "random_state": self.random_state if isinstance(self.random_state, int) else None,
             "explained": self.explained_,
+            "chosen_alpha": self.alpha_,
         }
         (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
@@ -196,8 +202,9 @@ class RoutableMap:
                 raise RunFolderError(f"no routable map in {folder}: {name} is missing")
         record, tensors = json.loads((folder / RECORD_FILE).read_text()), load_file(folder / MAP_FILE)
         explained = record.pop("explained")
+        alpha = record.pop("chosen_alpha", record["alpha"])  # a run made before there was a choice has none
         self = cls(record.pop("n_clusters"), **record)
-        self.explained_ = explained
+        self.explained_, self.alpha_ = explained, alpha
         self.coefficients_, self.centres_ = tensors["coefficients"], tensors["centres"]
         return self
 
@@ -306,6 +313,16 @@ def _tensor(values: Rows) -> Tensor:
 
 def _with_intercept(inputs: Tensor) -> Tensor:
     return torch.cat([inputs.double(), torch.ones(len(inputs), 1, dtype=torch.float64)], dim=1)
+
+
+def _out_of_fold(statistics: RidgeStatistics, x: Tensor, folds: Tensor, index: Tensor, alpha: float) -> Tensor:
+    """(N, q) predictions of the rows in `index`, each from the folds that it is not in; zeros elsewhere."""
+    predictions = torch.zeros(len(x), statistics.products.shape[2], dtype=torch.float64)
+    for fold in range(len(statistics.products)):
+        coefficients = statistics.solve(alpha, without=fold)
+        for rows in index[folds[index] == fold].split(BLOCK_ROWS):
+            predictions[rows] = _with_intercept(x[rows]) @ coefficients
+    return predictions
 
 
 def _fold_numbers(n: int, n_folds: int, random: np.random.RandomState, groups: Tensor | None) -> Tensor:
