@@ -168,4 +168,17 @@ def test_two_rows_are_enough():
     rows = torch.tensor(np.eye(2, 7, dtype=np.float32))
     svd = gradient_svd(rows, 5, n_draws=20, generator=torch.Generator().manual_seed(0))
     assert svd.components.shape == (1, 7)
-    assert estimate_rank(svd).n_clusters == 1
+    estimate = estimate_rank(svd)
+    assert estimate.n_clusters is None  # of two rows, no cosine below one would show
+    assert estimate.criteria["parallel"]["directions"] == 0
+
+
+def test_one_cluster_is_no_answer_where_two_would_not_show():
+    """A few directions of strong noise hide clusters of a cosine of 0.1, which isotropic noise does not."""
+    scale = (1.0 + torch.arange(2000)) ** -0.6
+    rows = torch.randn(256, 2000, generator=torch.Generator().manual_seed(0)) * scale
+    generator = torch.Generator().manual_seed(0)
+    estimate = estimate_rank(gradient_svd(rows, 4, n_draws=20, generator=generator), generator=generator)
+    assert estimate.n_clusters is None
+    assert estimate.criteria["parallel"]["visible_cosine"] > 0.1
+    assert "undetermined" in estimate.reason

@@ -19,6 +19,8 @@ REPLICATE_SHARE = 0.8
 # An eigengap overrules a saturated parallel analysis only where nobody would argue with it.
 DECISIVE_RATIO = 2.0
 DECISIVE_AGREEMENT = 0.9
+# "No structure" is an answer only where two equal clusters of this cosine would have shown.
+VISIBLE_COSINE = 0.1
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,9 @@ def estimate_rank(
     Parallel analysis decides: direction k counts while its eigenvalue exceeds what sign-flipped rows reach. r
     directions make r + 1 clusters when centred (K means around their mean span K - 1 directions), else max(1,
     r). More than `k_max` clusters: undetermined, unless the eigengap is decisive (the largest eigenvalue
-    ratio is at least 2, and at the same place in 90 % of the subsamples). Cumulative energy is only reported:
-    on gradients it saturates. Raises RowsError without draws.
+    ratio is at least 2, and at the same place in 90 % of the subsamples). No direction: one cluster, unless noise is
+    so strong in a few directions that two equal clusters of cosine 0.1 would not show either: undetermined.
+    Cumulative energy is only reported: on gradients it saturates. Raises RowsError without draws.
     """
     if len(svd.null_grams) < 2:
         raise RowsError("the rank estimate needs sign-flipped draws: call gradient_svd with n_draws >= 2")
@@ -82,6 +85,12 @@ def estimate_rank(
         if same >= DECISIVE_AGREEMENT * N_REPLICATES:
             answer, agreeing = eigengap["n_clusters"], same
             reason += f"; but eigenvalue {eigengap['position']} is {eigengap['ratio']:.1f} times the next"
+    if parallel["directions"] == 0 and parallel["visible_cosine"] > VISIBLE_COSINE:
+        answer = None
+        reason = (
+            "no direction stands above sign-flipped noise, but two clusters would only show from a cosine of "
+            f"{parallel['visible_cosine']:.2f}: undetermined"
+        )
     if answer is not None and answer < k_min:
         answer, reason = k_min, f"{reason}; raised to k_min = {k_min}"
     return RankEstimate(
@@ -154,6 +163,8 @@ def _parallel_analysis(spectrum: _Spectrum, null: np.ndarray, null_spectra: np.n
         "eigenvalues": spectrum.values[: len(thresholds)].tolist(),
         "thresholds": thresholds,
         "margin": margin,
+        # Two equal clusters of cosine c have an eigenvalue of m c / 2.
+        "visible_cosine": 2 * thresholds[0] / len(null_spectra[0]),
         "null_percentile": percentile,
         "null_mean": float(top.mean()),
         "draws": len(top),
