@@ -57,7 +57,7 @@ paper: $(READY)
 	$(BIN)/python benchmarks/paper/theory.py $(MAIN_RUN) --json benchmarks/results/theory.json
 	$(BIN)/python benchmarks/paper/cost.py $(MAIN_RUN) --json benchmarks/results/inference-cost.json
 	$(BIN)/python benchmarks/paper/figures.py
-	$(BIN)/python benchmarks/results_page.py
+	$(BIN)/python benchmarks/pages.py
 
 # ITEMS="k rank" for some of them.
 ablations: $(READY)

@@ -1,19 +1,17 @@
-"""Write the measured part of docs/clustering.md, and its figure, from the committed `results/clustering.json`.
+"""The measured part of docs/clustering.md, and its figure, from `results/clustering.json`.
 
-python benchmarks/clustering.py --json benchmarks/results/clustering.json && python benchmarks/clustering_page.py
+python benchmarks/clustering.py --json benchmarks/results/clustering.json
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS, PAGE = ROOT / "benchmarks/results/clustering.json", ROOT / "docs/clustering.md"
-FIGURE = ROOT / "docs/clustering.svg"
-START, END = "<!-- measured: written by benchmarks/clustering_page.py -->", "<!-- end of measured -->"
+from wording import read
+
+FIGURE = Path(__file__).resolve().parent.parent / "docs/clustering.svg"
 
 SHOWN = {
     "ceiling": ("ceiling", "ari final"),
@@ -163,8 +161,9 @@ def preconditioning(cells: dict[str, Any]) -> str:
     return text + "\n\n" + table(["gradients", "energy of 64 directions", "K = 4", "K = 8"], rows)
 
 
-def draw(cells: dict[str, Any], path: Path) -> None:
+def draw() -> None:
     """Adjusted Rand against cosine, one panel a kind of noise."""
+    cells = read("clustering")["quality"]
     import matplotlib
 
     matplotlib.use("svg")
@@ -188,10 +187,12 @@ def draw(cells: dict[str, Any], path: Path) -> None:
     axes[0].set_ylabel("adjusted Rand")
     axes[0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(FIGURE, metadata={"Date": None})
 
 
-def measured(results: dict[str, Any]) -> str:
+def part() -> str:
+    """Every section that has been measured."""
+    results = read("clustering")
     machine = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     parts = [
@@ -203,7 +204,7 @@ def measured(results: dict[str, Any]) -> str:
     ]
     # A section that has not been measured on this machine is absent, never made up.
     parts += [show(results[name]) for name, show in SECTIONS.items() if results.get(name)]
-    return "\n\n".join([START, *parts, END])
+    return "\n\n".join(parts)
 
 
 SECTIONS = {
@@ -215,14 +216,3 @@ SECTIONS = {
     "cost": cost,
     "recluster": recluster,
 }
-
-
-def with_measured(text: str, part: str) -> str:
-    before, _, rest = text.partition(START)
-    return before + part + rest.partition(END)[2]
-
-
-if __name__ == "__main__":
-    found = json.loads(RESULTS.read_text())
-    PAGE.write_text(with_measured(PAGE.read_text(), measured(found)))
-    draw(found["quality"], FIGURE)

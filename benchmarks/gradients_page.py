@@ -1,24 +1,21 @@
-"""Write the measured part of docs/gradients.md from the committed `results/gradients.json`.
+"""The measured part of docs/gradients.md, from `results/gradients.json`.
 
-python benchmarks/gradients.py --json benchmarks/results/gradients.json && python benchmarks/gradients_page.py
+python benchmarks/gradients.py --json benchmarks/results/gradients.json
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS, PAGE = ROOT / "benchmarks/results/gradients.json", ROOT / "docs/gradients.md"
-START, END = "<!-- measured: written by benchmarks/gradients_page.py -->", "<!-- end of measured -->"
+from wording import read
 
 
-def measured(results: dict[str, Any]) -> str:
+def part() -> str:
     """Speed, head, packing, stream and precision, in this order."""
+    results = read("gradients")
     parts = [machine(results["machine"]), speed(results["speed"]), head(results["prompts"])]
     parts += [packing(results["packing"]), stream(results["stream"]), precision(results["precision"])]
-    return "\n\n".join([START, *parts, END])
+    return "\n\n".join(parts)
 
 
 def machine(machine: dict[str, Any]) -> str:
@@ -83,17 +80,3 @@ def precision(precision: dict[str, Any]) -> str:
         f"{precision['median_relative_error']:.1%}, largest {precision['largest_relative_error']:.1%}, smallest cosine "
         f"{precision['smallest_cosine']:.4f}."
     )
-
-
-def with_measured(page: str, block: str) -> str:
-    """The page with its measured part replaced."""
-    before, rest = page.split(START, 1)
-    return before + block + rest.split(END, 1)[1]
-
-
-def main() -> None:
-    PAGE.write_text(with_measured(PAGE.read_text(), measured(json.loads(RESULTS.read_text()))))
-
-
-if __name__ == "__main__":
-    main()

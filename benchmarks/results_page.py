@@ -1,20 +1,12 @@
-"""Write `docs/results.md` from the committed results files, so that no number is typed by hand.
-
-python benchmarks/results_page.py
-"""
+"""The measured part of docs/results.md: every committed results file that holds a table of methods."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from results_table import RESULTS, is_table, read_table
 
-from gradientspace.run_folder import write_text
-
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs/results.md"
 TITLES = {
     "real-mix": "The real mix",
     "real-mix-seed0": "The real mix, first table (one seed, before any choice was made on dev)",
@@ -22,24 +14,13 @@ TITLES = {
     "demo-one-skill": "The demo's control with one skill (nothing to split)",
     "demo-by-topic": "The demo's control by topic (embeddings suffice)",
 }
-HEAD = """# Results
-
-Written by `benchmarks/results_page.py` from the files under `benchmarks/results/`; a test fails when this page and the
-files differ. What each method is: [baselines.md](baselines.md).
-
-*Loss* is the mean over samples of each sample's mean completion-token cross-entropy, in nats. Differences are paired:
-95 % intervals of a bootstrap over samples (10,000 draws, stratified by domain, averaged over seeds), with the sign of
-every seed. *Clear* means that the interval excludes zero, that every seed has the same sign, and that the mean over
-tokens and its average over domains have it too. Everything else is exploratory. *Best expert* (oracle) picks the expert
-of each sample by its loss, and is low even for identical experts.
-"""
 
 
-def page(folder: Path = RESULTS) -> str:
-    """The whole page."""
+def part(folder: Path = RESULTS) -> str:
+    """A section for each table, those with a title first."""
     files = {path.stem: path for path in sorted(folder.glob("*.json")) if is_table(path)}
     names = [*(n for n in TITLES if n in files), *(n for n in files if n not in TITLES)]
-    return "\n".join([HEAD, *(section(name, read_table(files[name])) for name in names)]).rstrip() + "\n"
+    return "\n".join(section(name, read_table(files[name])) for name in names).rstrip()
 
 
 def section(name: str, table: dict[str, Any]) -> str:
@@ -133,12 +114,3 @@ def number(value: dict[str, float] | None, unit: float) -> str:
 def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
     line = "|" + "|".join([" --- ", *(" ---: " for _ in head[1:])]) + "|"
     return [f"| {' | '.join(head)} |", line, *(f"| {' | '.join(row)} |" for row in rows)]
-
-
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None).parse_args()
-    write_text(PAGE, page())
-
-
-if __name__ == "__main__":
-    main()

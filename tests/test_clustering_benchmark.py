@@ -1,6 +1,5 @@
 """The clustering benchmark still runs, in the smallest size that it has."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -25,10 +24,3 @@ def test_sections_run_and_a_second_call_measures_nothing_again(tmp_path):
     assert all(cell["right"] >= 0.5 for cell in results["n_clusters"].values())
     again = subprocess.run(command, check=True, capture_output=True, text=True)
     assert again.stdout == ""
-
-
-def test_the_page_shows_the_committed_results(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARK.parent)
-    page = importlib.import_module("clustering_page")
-    text = page.PAGE.read_text()
-    assert page.with_measured(text, page.measured(json.loads(page.RESULTS.read_text()))) == text

@@ -1,0 +1,85 @@
+"""What docs/negative-results.md quotes from results files that are still there, with the numbers those files hold.
+
+The page is history: where a results file is made anew and a sentence no longer holds, the entry is looked at again and
+this list with it, never rewritten by a script.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from wording import interval, read
+
+CELLS = ("real noise, K 4, cosine 0.02", "noise decay 0.4, cosine 0.05", "imbalance 20")
+
+
+def sentences() -> list[str]:
+    """Pieces of the page, white space aside."""
+    return [*diagnosis(), *routers(), *clusterer(), *real_mix()]
+
+
+def diagnosis() -> list[str]:
+    arms = read("diagnosis")["arms"]
+    real, demo = arms["real-mix-shuffled"], arms["shuffled"]
+    return [
+        f"as many rows as were wrong {real['as_many_by_combined']['precision']:.2f} by gradient conflict and loss "
+        f"together against a chance of {real['chance']:.3f}, where the demo has "
+        f"{demo['as_many_by_combined']['precision']:.2f}."
+    ]
+
+
+def routers() -> list[str]:
+    """Losses of other routers, and the calibration of the one in use, on the demo."""
+    found = read("routers-demo")
+    minus = {name: router["minus_logistic"] for name, router in found["routers"].items()}
+    known = found["calibration"]
+    neighbours = minus["k nearest neighbours, cluster"]
+    return [
+        f"k nearest neighbours {neighbours['mean']:+.3f} (95 % interval {neighbours['low']:+.3f} to "
+        f"{neighbours['high']:+.3f})",
+        f"a head trained on the best expert of each `dev_a` prompt "
+        f"{interval(minus['logistic, best expert on dev_a'], '{:+.3f}')}",
+        f"a ridge onto the experts' losses {interval(minus['ridge, losses on dev_a'], '{:+.3f}')}",
+        f"Calibration error {known['calibration_error']:.3f} in ten bins of equal size; a perfectly calibrated router "
+        f"of {known['n']} prompts shows {known['perfect_low']:.3f} to {known['perfect_high']:.3f}.",
+        f"right on {100 * known['accuracy']:.1f} % and says {100 * known['confidence']:.1f} %",
+    ]
+
+
+def clusterer() -> list[str]:
+    """Final adjusted Rand of options that did not earn their place, and preconditioning."""
+    found = read("clustering")
+    rows, adam = found["preconditioning"]["rows"], found["preconditioning"]["adam"]
+
+    def final(option: str) -> str:
+        return ", ".join(f"{found['options'][cell]['ari'][option]['final']:.2f}" for cell in CELLS)
+
+    def by_k(of: dict[str, Any], name: str) -> str:
+        return f"{of['K 4'][name]:.2f} and {of['K 8'][name]:.2f}"
+
+    return [
+        f"First centroids from K - 1 coordinates: {final('running, q = K - 1')} against {final('running')} from 64",
+        f"Three directions a cluster in place of one: {final('rank 3 a cluster')}.",
+        f"A momentum that falls: {final('svd, decaying momentum')} against the constant's "
+        f"{final('svd, m 0.1 (the paper)')}.",
+        f"K-means of all coordinates in the running SVD's basis: {final('the same, running SVD as basis')} against "
+        f"{final('k-means of all coordinates')} in the validation basis",
+        f"agree with the domains at {by_k(adam, 'ari_with_domain')} (K = 4, 8) against "
+        f"{by_k(rows, 'ari_with_domain')}, their stability stays at {by_k(adam, 'stability')} "
+        f"({by_k(rows, 'stability')}), and 64 directions hold {adam['energy_of_64']:.2f} of the energy against "
+        f"{rows['energy_of_64']:.2f}.",
+    ]
+
+
+def real_mix() -> list[str]:
+    """The first table on the real mix."""
+    pairs = read("real-mix-seed0")["comparisons"]
+    single, embedding = pairs["gradientspace - single"], pairs["gradientspace - embedding"]
+    loss = single["loss"]
+    return [
+        f"routed experts against one LoRA {loss['mean']:+.4f} nats (95 % interval {loss['low']:+.4f} to "
+        f"{loss['high']:+.4f}), the same sign per token ({single['token_loss']:+.4f}) and per token averaged over "
+        f"domains ({single['domain_mean_token_loss']:+.4f}); against random groups "
+        f"{pairs['gradientspace - random']['loss']['mean']:+.4f}.",
+        f"with the same K and kind of router {interval(embedding['loss'])}: embedding clusters are *ahead*.",
+    ]

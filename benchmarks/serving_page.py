@@ -1,0 +1,84 @@
+"""The measured parts of docs/serving.md, from `results/load.json` and `results/serving.json`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from wording import measured_on, paragraph, read, table
+
+SHAPE = "tiny-base"
+ARMS = {
+    "base": "base",
+    "one LoRA": "one LoRA (PEFT)",
+    "one expert": "one expert (stacked)",
+    "mixed": "**4 experts in one batch (stacked)**",
+    "PEFT mixed": "PEFT mixed batch (`adapter_names`)",
+    "switching": "PEFT, one adapter after another",
+    "ensemble": "ensemble of 5 (5 passes a token)",
+}
+
+
+def load() -> str:
+    """Clients, what became of their requests, times, memory, queue."""
+    found = read("load")
+    requests, answer, first = found["requests"], found["seconds_per_answer"], found["seconds_to_first_token"]
+    bad = sum(n for kind, n in requests.items() if kind not in ("answer", "cancel"))
+    faults = ", ".join(f"{n} x {error}" for error, n in Counter(found["errors"]).items())
+    thirds = ", ".join(f"{mb:.0f}" for mb in found["memory_mb_by_third"])
+    return paragraph(
+        f"**Load** (`benchmarks/results/load.json`): {found['clients']} clients for {found['seconds']:.0f} s on the "
+        f"demo's run, all at once: {requests['answer']:,} streams read to their end, {requests['cancel']:,} from which "
+        f"the client goes away, and {bad:,} requests with bad keys, oversize or malformed bodies, or unknown models. "
+        "Every answer is compared with the expert's own. A wrong expert, a lost or mixed-up answer, an unexpected "
+        "status: "
+        f"{found['n_errors'] or 'none'}{f' ({faults})' if faults else ''}. {queue(found)}"
+        f"{found['tokens_per_second']:,.0f} tokens/s; an answer took {answer['median']:.2f} s (median), "
+        f"{answer['p99']:.2f} s (p99), its first token {first['median']:.2f} s and {first['p99']:.2f} s. Memory by "
+        f"thirds of the time: {thirds} MB. {measured_on(found['machine'])}"
+    )
+
+
+def queue(found: dict[str, Any]) -> str:
+    """How the bounded queue did its work; runs from before it was counted do not say."""
+    if "max_requests" not in found:
+        return ""
+    return (
+        f"The server was allowed {found['max_requests']} requests at a time: at most {found['running_max']:.0f} were "
+        f"accepted at once, at most {found['waiting_max']:.0f} of them waited for the engine, and "
+        f"{found['refused_429']:,} were refused with a 429 and asked again (a cancelled row counts until it has "
+        "stopped). "
+    )
+
+
+def speed() -> str:
+    """Tokens a second of every arm, the ratios that matter, the ensemble's gradient, routing."""
+    found = read("serving")
+    shape, routing = found["shapes"][SHAPE], found["routing_milliseconds"]
+    sizes = list(shape["batches"])
+    rows = [
+        [label, *(f"{shape['batches'][size]['tokens_per_second'][arm]:,.0f}" for size in sizes)]
+        for arm, label in ARMS.items()
+    ]
+    eight, one = shape["batches"]["8"], shape["batches"]["1"]
+    half, full = (routing[name]["128 word pieces"] for name in ("auto (bfloat16)", "float32 (float32)"))
+    return "\n\n".join(
+        [
+            paragraph(
+                "**Speed** (`benchmarks/results/serving.json`, the shape of the real mix's base, "
+                f"{shape['shape']['new_tokens']} new tokens, medians of interleaved rounds; other work ran on the "
+                f"machine at times, so read the ratios). {measured_on(found['machine'])}"
+            ),
+            table(["tokens/s at concurrency", *sizes], rows),
+            paragraph(
+                f"At 8 rows over {found['experts']} experts: {eight['mixed_over_one_lora']:.2f}x one LoRA in PEFT, "
+                f"{eight['mixed_over_one_expert']:.2f}x one expert alone on the stacked layers, "
+                f"{eight['mixed_over_peft_mixed']:.2f}x PEFT's mixed batch. The ensemble also needs the gradient of "
+                f"each prompt, {one['ensemble_gradient_milliseconds']:.0f} ms for one and "
+                f"{eight['ensemble_gradient_milliseconds']:.0f} ms for eight, before its first token. Routing a prompt "
+                f"of 128 word pieces takes {half['median']:.1f} ms (median) and {half['p99']:.1f} ms (p99) in "
+                f"bfloat16, {full['median']:.1f} and {full['p99']:.1f} ms in float32; it is "
+                f"{100 * shape['routing_share_of_a_64_token_answer']:.0f} % of one 64-token answer."
+            ),
+        ]
+    )
