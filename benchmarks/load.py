@@ -3,8 +3,9 @@
     python benchmarks/load.py runs/demo --json benchmarks/results/load.json
 
 Starts `gradientspace serve RUN` as a process of its own and checks every answer against `RoutedModel` on the same
-prompt and expert: a wrong expert, a lost or a mixed-up answer is an error, and the exit code is then 1. Clients and
-server share the machine.
+prompt and expert: a wrong expert, a lost or a mixed-up answer is an error, and so are more accepted requests than
+`--max-requests` allows; the exit code is then 1. A 429 is the bounded queue at work: it is counted by itself, and the
+client waits a moment and asks again. Clients and server share the machine.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ MAX_BODY = 20_000
 MAX_TOKENS = 24
 SHARES = {"answer": 0.84, "cancel": 0.06, "bad key": 0.03, "oversize": 0.02, "malformed": 0.03, "unknown model": 0.02}
 EXPECTED = {"bad key": 401, "oversize": 413, "malformed": 400, "unknown model": 404}
+BUSY = 429
+PAUSE = 0.1
+"""Seconds a client waits after a 429."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Question:
 @dataclass
 class Record:
     counts: collections.Counter = field(default_factory=collections.Counter)
+    refused: int = 0
+    """Answers of 429 that were in order."""
     errors: list[str] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     first_token: list[float] = field(default_factory=list)
@@ -96,6 +102,10 @@ async def ask(http: httpx.AsyncClient, question: Question, cancel: bool, record:
     }  # fmt: skip
     start, text, done = time.monotonic(), "", False
     async with http.stream("POST", "/v1/chat/completions", json=body) as response:
+        if response.status_code == BUSY:
+            await response.aread()
+            await be_refused(response, record)
+            return
         if response.status_code != 200:
             record.errors.append(f"answer: status {response.status_code}")
             return
@@ -121,6 +131,15 @@ async def ask(http: httpx.AsyncClient, question: Question, cancel: bool, record:
         record.errors.append(f"mixed up: {text.strip()!r} from {question.expert}, not {question.answer!r}")
 
 
+async def be_refused(response: httpx.Response, record: Record) -> None:
+    """A refusal is in order where it says what is the matter."""
+    if "message" in response.json()["error"]:
+        record.refused += 1
+    else:
+        record.errors.append(f"a 429 that says nothing: {response.text}")
+    await asyncio.sleep(PAUSE)
+
+
 async def misbehave(http: httpx.AsyncClient, kind: str, record: Record) -> None:
     body: dict[str, Any] = {"model": "auto", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
     options: dict[str, Any] = {"json": body}
@@ -137,14 +156,25 @@ async def misbehave(http: httpx.AsyncClient, kind: str, record: Record) -> None:
         record.errors.append(f"{kind}: status {response.status_code}, not {EXPECTED[kind]}")
 
 
-async def watch(url: str, process: subprocess.Popen, until: float) -> list[tuple[float, float, float]]:
-    """(seconds, resident MB, running requests), twice a second."""
-    server, start, samples = psutil.Process(process.pid), time.monotonic(), []
+@dataclass(frozen=True)
+class Sample:
+    megabytes: float
+    """Resident memory of the server."""
+    running: float
+    """Requests accepted and not finished."""
+    waiting: float
+    """Requests in the engine's queue."""
+
+
+async def watch(url: str, process: subprocess.Popen, until: float) -> list[Sample]:
+    """The server twice a second."""
+    server, samples = psutil.Process(process.pid), []
     async with httpx.AsyncClient(base_url=url, timeout=60, headers={"authorization": f"Bearer {KEY}"}) as http:
         while time.monotonic() < until:
             lines = (await http.get("/metrics")).text.splitlines()
-            running = next(float(line.split()[1]) for line in lines if line.startswith("gradientspace_running "))
-            samples.append((time.monotonic() - start, server.memory_info().rss / 1e6, running))
+            gauges = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+            running, waiting = (float(gauges[f"gradientspace_{name}"]) for name in ("running", "queue"))
+            samples.append(Sample(server.memory_info().rss / 1e6, running, waiting))
             await asyncio.sleep(0.5)
     return samples
 
@@ -159,14 +189,14 @@ async def load(url: str, process: subprocess.Popen, pool: list[Question], client
 # -------------------------------------------------------------------------------- server
 
 
-def serve(run: Path, clients: int, folder: Path) -> tuple[str, subprocess.Popen]:
+def serve(run: Path, max_requests: int, folder: Path) -> tuple[str, subprocess.Popen]:
     keys = folder / "keys"
     keys.write_text(KEY + "\n")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "gradientspace", "serve", str(run), "--port", str(port), "--api-keys", str(keys)]
-    command += ["--max-body", str(MAX_BODY), "--max-requests", str(clients)]
+    command += ["--max-body", str(MAX_BODY), "--max-requests", str(max_requests)]
     process = subprocess.Popen(command)
     url = f"http://127.0.0.1:{port}"
     for _ in range(600):
@@ -180,22 +210,28 @@ def serve(run: Path, clients: int, folder: Path) -> tuple[str, subprocess.Popen]
     raise SystemExit("the server is not ready after two minutes")
 
 
-def summary(record: Record, samples: list[tuple[float, float, float]], clients: int, seconds: float) -> dict[str, Any]:
-    memory = np.array([mb for _, mb, _ in samples])
-    thirds = np.array_split(memory, 3)
+def summary(record: Record, samples: list[Sample], clients: int, limit: int, seconds: float) -> dict[str, Any]:
+    memory = np.array([sample.megabytes for sample in samples])
     quantiles = {"median": 0.5, "p90": 0.9, "p99": 0.99}
+    running = max(sample.running for sample in samples)
+    if running > limit:
+        record.errors.append(f"{running:.0f} requests accepted at once, the limit is {limit}")
     return {
         "clients": clients,
+        "max_requests": limit,
         "seconds": seconds,
         "requests": dict(record.counts),
+        "whole_answers": len(record.seconds),
+        "refused_429": record.refused,
         "errors": record.errors[:20],
         "n_errors": len(record.errors),
         "tokens_per_second": record.tokens / seconds,
         "seconds_per_answer": {name: float(np.quantile(record.seconds, q)) for name, q in quantiles.items()},
         "seconds_to_first_token": {name: float(np.quantile(record.first_token, q)) for name, q in quantiles.items()},
-        "memory_mb_by_third": [float(third.mean()) for third in thirds],
+        "memory_mb_by_third": [float(third.mean()) for third in np.array_split(memory, 3)],
         "memory_mb_peak": float(memory.max()),
-        "running_max": max(running for *_, running in samples),
+        "running_max": running,
+        "waiting_max": max(sample.waiting for sample in samples),
     }
 
 
@@ -204,19 +240,21 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="a finished run folder")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--max-requests", type=int, help="the server's limit; default: as many as there are clients")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--quick", action="store_true", help="8 clients for 5 seconds")
     options = parser.parse_args()
     clients, seconds = (8, 5.0) if options.quick else (options.clients, options.seconds)
+    limit = options.max_requests or clients
     pool = questions(Run.open(options.run), 20 if options.quick else 120)
     with tempfile.TemporaryDirectory() as folder:
-        url, process = serve(options.run, clients, Path(folder))
+        url, process = serve(options.run, limit, Path(folder))
         try:
             record, samples = asyncio.run(load(url, process, pool, clients, seconds))
         finally:
             process.terminate()
             code = process.wait(60)
-    results = {"machine": describe("fastapi", "uvicorn"), **summary(record, samples, clients, seconds)}
+    results = {"machine": describe("fastapi", "uvicorn"), **summary(record, samples, clients, limit, seconds)}
     results["exit_code_of_the_server"] = code
     print(json.dumps(results, indent=1))
     if options.json:
