@@ -56,9 +56,9 @@ def agreement(clusters: np.ndarray, labels: Sequence[str]) -> dict[str, float]:
 
 
 def paired_bootstrap(
-    differences: np.ndarray, strata: Sequence[str], *, draws: int = BOOTSTRAP_DRAWS, seed: int = 0
+    differences: np.ndarray, strata: Sequence[str], *, draws: int = BOOTSTRAP_DRAWS, seed: int = 0, level: float = 0.95
 ) -> dict[str, float]:
-    """Mean of paired differences (n,) and its 95 % percentile interval, resampled within each stratum."""
+    """Mean of paired differences (n,) and its percentile interval, resampled within each stratum."""
     generator = np.random.default_rng(seed)
     labels = np.asarray(strata)
     sums = np.zeros(draws)
@@ -70,7 +70,7 @@ def paired_bootstrap(
             counts = generator.multinomial(len(values), np.full(len(values), 1 / len(values)), size=size)
             sums[start : start + size] += counts @ values
     means = sums / len(differences)
-    low, high = np.quantile(means, [0.025, 0.975])
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return {"mean": float(differences.mean()), "low": float(low), "high": float(high)}
 
 

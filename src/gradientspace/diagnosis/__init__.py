@@ -4,9 +4,10 @@
     survey   = survey_gradients(job)         # warm-up on a slice, inner products of a sample of unit gradients
     evidence = weigh(survey)                 # K, conflicts, variance, held-out routed alignment of every grouping
     pilot    = run_pilot(job, ...)           # one adapter against K routed experts, equal steps, on dev
-    verdict  = conclude(evidence, pilot)     # keep one adapter, split into K, drop or fix a source
+    without  = leave_out(job, evidence)      # no split: is the rest better without a source that pulls against it?
+    verdict  = conclude(evidence)            # keep one adapter, split into K, drop or fix a source
 
-The verdict rests on the pilot; alignment only orders the candidates.
+The verdict rests on what the pilot's short trainings did on dev; gradients only order what is tried.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from typing import Any
 from gradientspace.config import GradientSpaceConfig
 from gradientspace.diagnosis.candidates import best_candidate
 from gradientspace.diagnosis.evidence import weigh
+from gradientspace.diagnosis.left_out import leave_out
 from gradientspace.diagnosis.pilot import run_pilot
 from gradientspace.diagnosis.survey import Survey, survey_gradients
-from gradientspace.diagnosis.words import conclude
+from gradientspace.diagnosis.words import conclude, gains
 from gradientspace.job import Job
 from gradientspace.pipeline import read_data
 from gradientspace.run_folder import Run, write_json
@@ -43,7 +45,8 @@ def diagnose(config: GradientSpaceConfig) -> tuple[dict[str, Any], Path]:
         folder = job.run.stage("evidence", lambda to: _write_evidence(to, job, survey), inputs=("survey",))
         evidence = json.loads((folder / "evidence.json").read_text())
         pilot = _pilot(job, survey, evidence)
-        found = conclude({**evidence, "pilot": pilot})
+        left_out = [] if gains(pilot) else leave_out(job, evidence)
+        found = conclude({**evidence, "pilot": pilot, "left_out": left_out})
         write_json(job.run.path / "diagnosis.json", found)
     return found, job.run.path
 

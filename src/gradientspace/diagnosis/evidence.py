@@ -66,16 +66,22 @@ def _choose_k(survey: Survey, config: GradientSpaceConfig, rows: int) -> tuple[i
 
 
 def _sources(survey: Survey) -> dict[str, Any]:
-    """Cosines between the sources' mean gradients, and how each pulls on the mean of all others."""
+    """Cosines between the sources' mean gradients, and how each pulls on the mean of all others.
+
+    Many sources are looked at, so the pulls' intervals hold for all of them together (Bonferroni): one source whose
+    interval lies below zero by chance is as rare as 95 % says.
+    """
     names, numbers = np.unique(survey.sources, return_inverse=True)
     cosines = group_cosines(survey.gram, numbers, len(names))
     clean = np.nan_to_num(survey.gram)
+    sizes = np.bincount(numbers)
+    judged = [i for i, n in enumerate(sizes.tolist()) if min(n, len(numbers) - n) >= _FEWEST_OF_SOURCE]
     rows = []
-    for i, name in enumerate(names.tolist()):
-        own, others = np.flatnonzero(numbers == i), np.flatnonzero(numbers != i)
-        if len(own) >= _FEWEST_OF_SOURCE and len(others) >= _FEWEST_OF_SOURCE:
-            pull = clean[np.ix_(own, others)].mean(axis=1)
-            rows.append({"name": name, "n": len(own), "pull_on_others": paired_bootstrap(pull, [""] * len(own))})
+    for i in judged:
+        own = numbers == i
+        pull = clean[np.ix_(own, ~own)].mean(axis=1)
+        found = paired_bootstrap(pull, [""] * len(pull), level=1 - 0.05 / len(judged))
+        rows.append({"name": names[i].item(), "n": len(pull), "pull_on_others": found})
     table = [[None if np.isnan(v) else float(v) for v in row] for row in cosines]
     return {"names": names.tolist(), "cosines": table, "pulls": rows}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +18,50 @@ from gradientspace.models import padding_id
 from gradientspace.run_folder import write_json
 
 
-def run_pilot(job: Job, candidate: Candidate) -> dict[str, Any]:
-    """Train both arms and compare them on dev. As in the method, what all share is learnt first from all rows."""
+@dataclass(frozen=True)
+class CommonStart:
+    """The adapter in `folder` that every arm goes on from, and the rows and passes that are left for the arms."""
+
+    folder: Path
+    inputs: tuple[str, ...]
+    rows: list[Sample]
+    epochs: float
+    shared_first: bool
+
+    def train(self, job: Job, name: str, rows: list[Sample]) -> Path:
+        """Stage: one arm's adapter, trained on `rows`; without any it stays at the common start."""
+        if not rows:
+            return self.folder
+        return job.train(name, lambda: rows, epochs=self.epochs, start=self.folder, inputs=self.inputs)
+
+
+def common_start(job: Job) -> CommonStart:
+    """As in the method, what all rows share is learnt first from all of them."""
     first, second, epochs = _rows(job)
     warmup = job.run.path / "warmup"
-    start, inputs = warmup, ("evidence", "warmup")
-    if first:
-        start = job.train("pilot/shared", lambda: first, epochs=epochs, start=warmup, inputs=inputs)
-        inputs = ("evidence", "pilot/shared")
-    single = job.train("pilot/single", lambda: second, epochs=epochs, start=start, inputs=inputs)
-    labels = candidate.route(job.encoder.encode([s.prompt for s in second]))
-    experts = []
-    for k in range(candidate.n_groups):
-        members = [s for s, label in zip(second, labels, strict=True) if label == k]
-        # A group that the pilot's rows do not have stays at the common start.
-        experts.append(
-            job.train(f"pilot/experts/{k}", lambda m=members: m, epochs=epochs, start=start, inputs=inputs)
-            if members
-            else start
-        )
+    if not first:
+        return CommonStart(warmup, ("evidence", "warmup"), second, epochs, shared_first=False)
+    shared = job.train("pilot/shared", lambda: first, epochs=epochs, start=warmup, inputs=("evidence", "warmup"))
+    return CommonStart(shared, ("evidence", "pilot/shared"), second, epochs, shared_first=True)
+
+
+def train_single(job: Job, start: CommonStart) -> Path:
+    """One adapter on everything."""
+    return start.train(job, "pilot/single", start.rows)
+
+
+def run_pilot(job: Job, candidate: Candidate) -> dict[str, Any]:
+    """Train both arms and compare them on dev."""
+    start = common_start(job)
+    single = train_single(job, start)
+    labels = candidate.route(job.encoder.encode([s.prompt for s in start.rows]))
+    experts = [
+        start.train(job, f"pilot/experts/{k}", [s for s, g in zip(start.rows, labels, strict=True) if g == k])
+        for k in range(candidate.n_groups)
+    ]
     trained = tuple(s for s in job.run.manifest()["stages"] if s.startswith("pilot/") and s != "pilot/result")
     folder = job.run.stage(
-        "pilot/result", lambda to: _compare(job, candidate, single, experts, bool(first), to), inputs=trained
+        "pilot/result", lambda to: _compare(job, candidate, single, experts, start.shared_first, to), inputs=trained
     )
     return json.loads((folder / "pilot.json").read_text())
 
@@ -58,15 +81,8 @@ def _rows(job: Job) -> tuple[list[Sample], list[Sample], float]:
 
 def _compare(job: Job, candidate: Candidate, single: Path, experts: list[Path], shared: bool, folder: Path) -> None:
     dev = [*job.data.dev_a, *job.data.dev_b]
-    options = {
-        "batch_size": job.config.evaluation.per_device_eval_batch_size,
-        "pad_token_id": padding_id(job.tokenizer),
-    }
-    with Experts(job.base, [single]) as arm:
-        one, tokens = arm.losses(dev, np.zeros(len(dev), dtype=int), **options)
-    routed = candidate.route(job.encoder.encode([s.prompt for s in dev]))
-    with Experts(job.base, experts) as arm:
-        many, _ = arm.losses(dev, routed, **options)
+    one, tokens = losses(job, [single], dev, np.zeros(len(dev), dtype=int))
+    many, _ = losses(job, experts, dev, candidate.route(job.encoder.encode([s.prompt for s in dev])))
     strata = [s.domain or s.source or "" for s in dev]
     write_json(folder / "pilot.json", {
         "grouping": candidate.name,
@@ -79,3 +95,12 @@ def _compare(job: Job, candidate: Candidate, single: Path, experts: list[Path], 
         "difference": paired_bootstrap(many - one, strata, seed=job.config.seed),
         "token_difference": float(np.average(many - one, weights=tokens)),
     })  # fmt: skip
+
+
+def losses(job: Job, adapters: list[Path], samples: list[Sample], routed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Loss (n,) of every sample under the adapter `routed` (n,) names, and its supervised tokens (n,)."""
+    with Experts(job.base, adapters) as arm:
+        return arm.losses(
+            samples, routed, batch_size=job.config.evaluation.per_device_eval_batch_size,
+            pad_token_id=padding_id(job.tokenizer),
+        )  # fmt: skip

@@ -11,32 +11,63 @@ from gradientspace.tables import render
 _SHOWN = 5
 
 
+def gains(compared: dict[str, Any] | None) -> bool:
+    """Is the difference of a comparison (None: not made) below zero, interval and mean over tokens alike?"""
+    return compared is not None and compared["difference"]["high"] < 0 and compared["token_difference"] < 0
+
+
+def pulling_against(evidence: dict[str, Any]) -> list[dict[str, Any]]:
+    """The named sources whose pull on the others lies below zero, interval and all; the strongest first."""
+    against = [row for row in evidence["sources"]["pulls"] if row["name"] and row["pull_on_others"]["high"] < 0]
+    return sorted(against, key=lambda row: row["pull_on_others"]["mean"])
+
+
 def conclude(evidence: dict[str, Any]) -> dict[str, Any]:
-    """Add `verdict` (keep, split or fix) and `sentences`. Split only where the pilot's interval excludes zero."""
-    pilot, k = evidence["pilot"], evidence["k"]
-    if pilot is None:
-        sentences = [f"The gradients show no groups that pull apart: {evidence['k_reason']}."]
-        split = False
-    else:
-        d = pilot["difference"]
-        split = d["high"] < 0 and pilot["token_difference"] < 0
-        outcome = "gain" if d["high"] < 0 else "lose" if d["low"] > 0 else "make no clear difference"
-        sentences = [
-            f"In a pilot of {pilot['steps']} steps, {pilot['n_groups']} routed experts ({pilot['grouping']}) "
-            f"{outcome}: {d['mean']:+.4f} nats of dev loss against one adapter "
-            f"(95 % interval {d['low']:+.4f} to {d['high']:+.4f})."
-        ]
-        if d["high"] < 0 and not split:
-            sentences.append("The mean over tokens does not show the same gain, so it is not one.")
-    against = [row["name"] for row in evidence["sources"]["pulls"] if row["pull_on_others"]["high"] < 0]
-    if split:
-        verdict, headline = "split", f"Split into {k}."
-    elif against:
-        verdict, headline = "fix", f"Drop or fix {', '.join(one_line(name, 40) for name in against)}."
-        sentences.append("Its gradients pull against the rest of the mix, and experts do not mend that.")
-    else:
-        verdict, headline = "keep", "Keep one adapter."
+    """Add `verdict` (keep, split or fix), `headline` and `sentences`, each with its evidence and uncertainty.
+
+    Split only where the pilot gains; fix only where the other sources gain from a training without one.
+    """
+    pilot = evidence["pilot"]
+    sentences = _of_the_pilot(pilot, evidence["k_reason"])
+    if gains(pilot):
+        return {**evidence, "verdict": "split", "headline": f"Split into {evidence['k']}.", "sentences": sentences}
+    left_out = {row["name"]: row for row in evidence["left_out"]}
+    sentences += [_of_a_source(row, left_out.get(row["name"])) for row in pulling_against(evidence)]
+    harmful = [one_line(name, 40) for name, row in left_out.items() if gains(row["others"])]
+    verdict, headline = ("fix", f"Drop or fix {', '.join(harmful)}.") if harmful else ("keep", "Keep one adapter.")
     return {**evidence, "verdict": verdict, "headline": headline, "sentences": sentences}
+
+
+def _of_the_pilot(pilot: dict[str, Any] | None, k_reason: str) -> list[str]:
+    if pilot is None:
+        return [f"The gradients show no groups that pull apart: {k_reason}."]
+    d = pilot["difference"]
+    outcome = "gain" if d["high"] < 0 else "lose" if d["low"] > 0 else "make no clear difference"
+    sentences = [
+        f"In a pilot of {pilot['steps']} steps, {pilot['n_groups']} routed experts ({pilot['grouping']}) "
+        f"{outcome}: {d['mean']:+.4f} nats of dev loss against one adapter "
+        f"(95 % interval {d['low']:+.4f} to {d['high']:+.4f})."
+    ]
+    if d["high"] < 0 and not gains(pilot):
+        sentences.append("The mean over tokens does not show the same gain, so it is not one.")
+    return sentences
+
+
+def _of_a_source(row: dict[str, Any], left_out: dict[str, Any] | None) -> str:
+    """What a source's gradients and a training without it say, and what that does not show."""
+    name, pull = one_line(row["name"], 40), row["pull_on_others"]
+    said = (
+        f"The gradients of {name} pull against the rest of the mix (mean inner product {pull['mean']:+.4f}, "
+        f"{pull['low']:+.4f} to {pull['high']:+.4f}, {row['n']} rows)"
+    )
+    others = left_out and left_out["others"]
+    if not others:
+        return f"{said}; a training without it was not tried, so whether it does harm is open."
+    d = others["difference"]
+    measured = f"{d['mean']:+.4f} nats (95 % interval {d['low']:+.4f} to {d['high']:+.4f}, {others['n']} dev rows)"
+    if gains(others):
+        return f"{said}, and the other sources learn better without it: {measured}."
+    return f"{said}, but a training without it does not show that the others would gain: {measured}. Look at its rows."
 
 
 def text(found: dict[str, Any], folder: Path) -> str:
