@@ -4,8 +4,9 @@
     python benchmarks/diagnosis.py --quick                        # a smoke size, the demo only
     python benchmarks/diagnosis.py --arms shuffled,gsm8k
 
-`shuffled`, `real-mix-shuffled`: the answers of 5 % of the training rows are passed around among them. Precision and
-recall of the suspicious rows are measured within the sample that was examined: of the list as it is printed, and of as
+`shuffled`, `real-mix-shuffled`: the answers of 5 % of the training rows are passed around among them. The list's cut-off
+was chosen looking at seed 0 of the demo; `shuffled-seed1` and `shuffled-seed2` draw rows, splits and wrong answers anew
+(on the same base), after that choice. Precision and recall of the suspicious rows are measured within the sample that was examined: of the list as it is printed, and of as
 many rows as were shuffled, ranked by gradient conflict, by loss, and by both; chance is the share of shuffled rows.
 `gsm8k` and the real mix need the shared data and base beside the repository and are skipped, with a word, without them.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,11 @@ SHUFFLED_SHARE = 0.05
 SEED = 0
 
 
-def demo_arm(options: argparse.Namespace, control: str, name: str) -> GradientSpaceConfig:
-    """The demo's recipe, K included, under another name."""
+def demo_arm(options: argparse.Namespace, control: str, name: str, seed: int = SEED) -> GradientSpaceConfig:
+    """The demo's recipe, K included, under another name; the base is that of seed 0."""
     base = build_base(options.folder / "demo-assets/base-seed0", SEED)
-    data = write_data(options.folder / f"demo-assets/{control}-seed0", control, SEED)  # type: ignore[arg-type]
-    return sized(demo_config(name, options.folder, base, data, SEED), options)
+    data = write_data(options.folder / f"demo-assets/{control}-seed{seed}", control, seed)  # type: ignore[arg-type]
+    return sized(demo_config(name, options.folder, base, data, seed), options)
 
 
 def sized(config: GradientSpaceConfig, options: argparse.Namespace) -> GradientSpaceConfig:
@@ -110,12 +112,13 @@ def mix_config(
     return GradientSpaceConfig.from_dict(values)
 
 
-def shuffled(options: argparse.Namespace) -> dict[str, Any]:
+def shuffled(options: argparse.Namespace, seed: int = SEED) -> dict[str, Any]:
     """The demo with 5 % of the answers passed around."""
-    config = demo_arm(options, "none", "shuffled")
-    rows = generate(2240, seed=SEED)
-    wrong = pass_answers_around(rows, random.Random(SEED))
-    path = options.folder / "demo-assets/shuffled.jsonl"
+    name = "shuffled" if seed == SEED else f"shuffled-seed{seed}"
+    config = demo_arm(options, "none", name, seed)
+    rows = generate(2240, seed=seed)
+    wrong = pass_answers_around(rows, random.Random(seed))
+    path = options.folder / f"demo-assets/{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config.data.train[0].path = str(path)
     if not options.quick:
@@ -169,6 +172,7 @@ def precision_recall(chosen: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
 
 ARMS = {
     "demo": demo, "one-skill": one_skill, "shuffled": shuffled,
+    "shuffled-seed1": partial(shuffled, seed=1), "shuffled-seed2": partial(shuffled, seed=2),
     "gsm8k": gsm8k, "real-mix": real_mix, "real-mix-shuffled": real_mix_shuffled,
 }  # fmt: skip
 

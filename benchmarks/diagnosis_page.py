@@ -40,7 +40,12 @@ def suspicious() -> str:
     return table(["mix and list", "rows", "precision", "recall"], rows)
 
 
-SHUFFLED = {"shuffled": "the demo", "real-mix-shuffled": "the real mix"}
+SHUFFLED = {
+    "shuffled": "the demo, seed 0 (the cut-off was chosen here)",
+    "shuffled-seed1": "the demo, seed 1 (drawn after that)",
+    "shuffled-seed2": "the demo, seed 2",
+    "real-mix-shuffled": "the real mix",
+}
 
 
 def found_rows(label: str, arm: dict[str, Any]) -> list[list[str]]:

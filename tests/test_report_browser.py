@@ -41,6 +41,14 @@ def check(seen: dict[str, Any], page: Path) -> None:
     assert [fault for fault in seen["faults"] if fault["impact"] in SERIOUS] == []
     assert max(seen["overflow"].values()) <= 0
     assert seen["background"]["light"] != seen["background"]["dark"]
+    paper = seen["paper"]
+    assert paper["pages"] >= 1
+    assert paper["overflow"] <= 0
+    assert paper["background"] == "rgb(255, 255, 255)", "dark on screen, yet white on paper"
+    assert paper["folded"] == 0, "everything is unfolded on paper"
+    assert paper["foldedAgain"], "and folded again on the screen"
+    assert paper["undrawn"] == []
+    assert not paper["screenOnly"], "what only answers to a pointer is not printed"
     assert seen["figures"]
     for figure in seen["figures"]:
         assert figure["shapes"] > 5, figure

@@ -1,5 +1,6 @@
 // Opens a page from disk in a headless Chromium with the network off and prints what it saw as one JSON object.
 //   node open.mjs PAGE            checks; --screenshots PREFIX also writes PREFIX-{desktop,phone}-{light,dark}.png
+//                                 and PREFIX-print.{png,pdf}
 // $CHROMIUM names another browser than the bundled one.
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
@@ -91,6 +92,30 @@ async function sorting(tab) {
   return { up, down: await column() };
 }
 
+// What a printer gets, from a page that prefers dark: A4 less its margins is 688 px wide.
+async function paper(tab, file) {
+  await tab.emulateMediaType("print");
+  await tab.setViewport({ width: 688, height: 980 });
+  const page = await tab.evaluate(() => {
+    const height = (element) => element.getBoundingClientRect().height;
+    const shown = (selector) => [...document.querySelectorAll(selector)].some((element) => height(element) > 0);
+    return {
+      overflow: Math.max(document.documentElement.scrollWidth - innerWidth,
+        ...[...document.querySelectorAll(".scroll table")].map((table) => Math.ceil(table.getBoundingClientRect().right - innerWidth))),
+      background: getComputedStyle(document.body).backgroundColor,
+      folded: [...document.querySelectorAll("details > :not(summary)")].filter((element) => height(element) === 0).length,
+      undrawn: [...document.querySelectorAll("figure svg")].filter((svg) => height(svg) < 60).map((svg) => svg.closest("figure").id),
+      screenOnly: shown("nav, canvas, .tip, .map fieldset"),
+    };
+  });
+  if (file) await tab.screenshot({ path: `${file}-print.png`, fullPage: true });
+  const closed = () => tab.$$eval("details:not([open])", (all) => all.length);
+  const before = await closed();
+  const pdf = await tab.pdf({ format: "A4", preferCSSPageSize: true, path: file ? `${file}-print.pdf` : undefined });
+  const pages = Buffer.from(pdf).toString("latin1").match(/\/Type \/Page\b(?!s)/g)?.length ?? 0;
+  return { ...page, pages, foldedAgain: (await closed()) === before };
+}
+
 async function faults(tab) {
   await tab.evaluate(axe);
   const { violations } = await tab.evaluate(() => globalThis.axe.run());
@@ -111,6 +136,7 @@ for (const screen of Object.keys(SCREENS)) {
       seen.sorting = await sorting(tab);
       seen.hacked = await tab.evaluate(() => typeof globalThis.hacked !== "undefined");
     }
+    if (screen === "desktop" && scheme === "dark") seen.paper = await paper(tab, option === "--screenshots" && prefix);
     await tab.close();
   }
 }
