@@ -7,8 +7,9 @@ sample's own gradient cluster (regret, nats), with 95 % bootstrap intervals, and
 that the pipeline uses. Targets beside the cluster: the expert with the lowest loss on dev_a (experts were not trained
 there), and a soft mix, every expert weighted by how well it does there.
 
-Where the run was evaluated, its calibration is shown in 10 bins of equal size, beside the range in which the
-calibration error of a perfectly calibrated router of that size lies in 95 % of draws.
+The saved router's calibration is shown on dev_b and, where the run was evaluated, on the split of its evaluation, in 10
+bins of equal size beside the range in which the calibration error of a perfectly calibrated router of that size lies in
+95 % of draws.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from gradientspace.job import Job
 from gradientspace.models import padding_id
 from gradientspace.prompts import routing_text
 from gradientspace.routable import RoutableMap
-from gradientspace.router import LinearHead, RidgeHead
+from gradientspace.router import LinearHead, RidgeHead, Router
 from gradientspace.run_folder import Run
 
 NEIGHBOURS = (5, 15, 50, 150)
@@ -204,10 +205,21 @@ def compare(case: Case, with_fine_tuning: bool) -> dict[str, Any]:
 # --------------------------------------------------------------------------- calibration
 
 
-def calibration(path: Path, draws: int = 2000) -> dict[str, Any]:
-    """Of the evaluated split: ten bins of equal size, the error, and what perfect calibration would show."""
-    table = pq.read_table(path)
+def of_the_evaluation(run: Run) -> dict[str, Any]:
+    """Calibration on the split that the run was evaluated on."""
+    table = pq.read_table(run.path / "evaluation/samples.parquet")
     clusters, experts, confidence = (table[name].to_numpy() for name in ("cluster", "expert", "probability"))
+    return calibration(clusters, experts, confidence)
+
+
+def of_dev_b(case: Case) -> dict[str, Any]:
+    router = Router.load(case.run.path / "router", encoder=case.job.encoder)
+    probabilities = router.predict_proba([sample.prompt for sample in case.dev_b])
+    return calibration(case.clusters["dev_b"], probabilities.argmax(1), probabilities.max(1))
+
+
+def calibration(clusters: np.ndarray, experts: np.ndarray, confidence: np.ndarray, draws: int = 2000) -> dict[str, Any]:
+    """Ten bins of equal size, the error, and what perfect calibration would show. All (n,); cluster -1 is left out."""
     known = clusters >= 0
     right, confidence = (clusters == experts)[known], confidence[known]
     order = np.argsort(confidence, kind="stable")
@@ -248,11 +260,12 @@ def main() -> None:
     options = parser.parse_args()
     run = Run.open(options.run)
     results: dict[str, Any] = {"machine": describe("scikit-learn"), "run": run.path.name, "split": "dev_b"}
-    samples = run.path / "evaluation/samples.parquet"
-    if samples.is_file():
+    case = Case(run, options.quick)
+    results["calibration_dev_b"] = of_dev_b(case)
+    if (run.path / "evaluation/samples.parquet").is_file():
         split = json.loads((run.path / "evaluation/results.json").read_text())["split"]
-        results["calibration"] = {"split": split, **calibration(samples)}
-    results["routers"] = compare(Case(run, options.quick), options.fine_tune and not options.quick)
+        results["calibration"] = {"split": split, **of_the_evaluation(run)}
+    results["routers"] = compare(case, options.fine_tune and not options.quick)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 
