@@ -16,7 +16,7 @@ NOT_MEASURED = {
     "README.md": {"2512.06678", "3.11", "2.0"},
     "docs/baselines.md": {"1 %", "2402.04333", "2502.00089"},
     # Settings: where a cluster counts as stable, and the cosines of rows of the table further down.
-    "docs/clustering.md": {"0.8", "0.05", "0.02"},
+    "docs/clustering.md": {"0.8", "0.1", "0.05", "0.02"},
     "docs/diagnosis.md": {"5 %"},
     "docs/export.md": {"0.32"},
     "docs/results.md": {"95 %"},
