@@ -5,11 +5,11 @@
     python benchmarks/diagnosis.py --arms shuffled,gsm8k
 
 `shuffled`, `real-mix-shuffled`: the answers of 5 % of the training rows are passed around among them. The list's
-cut-off was chosen looking at seed 0 of the demo; `shuffled-seed1` and `shuffled-seed2` draw rows, splits and wrong answers anew
-(on the same base), after that choice. Precision and recall of the suspicious rows are measured within the sample that
-was examined: of the list as it is printed, and of as many rows as were shuffled, ranked by gradient conflict, by loss,
-and by both; chance is the share of shuffled rows. `gsm8k` and the real mix need the shared data and base beside the
-repository and are skipped, with a word, without them.
+cut-off was chosen looking at seed 0 of the demo; `shuffled-seed1` and `shuffled-seed2` draw rows, splits and wrong
+answers anew (on the same base), after that choice. Precision and recall of the suspicious rows are measured within the
+sample that was examined: of the list as it is printed, and of as many rows as were shuffled, ranked by gradient
+conflict, by loss, and by both; chance is the share of shuffled rows. `gsm8k` and the real mix need the shared data and
+base beside the repository and are skipped, with a word, without them.
 """
 
 from __future__ import annotations
