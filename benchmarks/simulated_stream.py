@@ -148,7 +148,9 @@ def judged(planted: Pooled, clusterer: OnlineSVDClusterer, held_out: int) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=10_000_000)
-    parser.add_argument("--cosines", type=float, nargs="*", default=[0.01, 0.005], help="inside a cluster, one pass each")
+    parser.add_argument(
+        "--cosines", type=float, nargs="*", default=[0.01, 0.005], help="inside a cluster, one pass each"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="a smoke size, some seconds")
     options = parser.parse_args()
