@@ -375,8 +375,9 @@ SECTIONS: dict[str, Callable[[Size, argparse.Namespace], Cells]] = {
 
 
 def peak_of(device_name: str) -> float | None:
-    """TFLOP/s by the first entry of the table that the name contains."""
-    return next((peak for name, peak in PEAK_TFLOPS.items() if all(word in device_name for word in name.split())), None)
+    """TFLOP/s by the first entry of the table whose words the name has."""
+    words = set(device_name.replace("-", " ").split())
+    return next((peak for name, peak in PEAK_TFLOPS.items() if set(name.split()) <= words), None)
 
 
 def matmul_tflops(device: str) -> float:

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from test_clustering import planted_rows
+from planted import planted_rows
 from test_gradients import VOCAB, adapt, make_samples, tiny_llama
 from test_stacked import base_of, prompts, save_experts
 
