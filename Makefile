@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-browser test-all lint bench paper ablations figures clean test-vllm test-lm-eval
+.PHONY: demo test test-browser test-all lint bench paper ablations figures clean test-vllm test-lm-eval test-gpu
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,10 @@ test-browser: $(READY)
 # The real engine and the real harness, each in an environment of its own: their pins are not ours.
 test-vllm: $(READY) .venv-vllm/.ready
 	GRADIENTSPACE_VLLM_PYTHON=.venv-vllm/bin/python $(BIN)/python -m pytest -m vllm tests/test_engines.py
+
+# What only a CUDA device can show; without one every test says that it was skipped.
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu -rs
 
 test-lm-eval: $(READY) .venv-lm-eval/.ready
 	GRADIENTSPACE_LM_EVAL_PYTHON=.venv-lm-eval/bin/python $(BIN)/python -m pytest -m lm_eval tests/test_engines.py

@@ -79,8 +79,12 @@ def make_samples(
 def make_model(config: dict[str, int], *, vocabulary: int = VOCABULARY, device: str, dtype: torch.dtype) -> Any:
     """A Llama with rank 8 on all linears whose B is not zero, as after a warm-up. Attention: sdpa."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **config)).to(device, dtype)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    return with_lora(LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **config)).to(device, dtype), rank=8)
+
+
+def with_lora(model: Any, rank: int) -> Any:
+    """The model with an adapter on all linears whose B is not zero."""
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, lora)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

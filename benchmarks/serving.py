@@ -98,8 +98,8 @@ def save_adapters(shape: dict[str, int], folder: Path) -> dict[str, Path]:
 class PeftModelAsExperts:
     """PEFT in the place of `StackedExperts`: one active adapter, or `adapter_names` a row where `mixes`."""
 
-    def __init__(self, shape: dict[str, int], folders: dict[str, Path], mixes: bool) -> None:
-        self.peft = load_adapters(base_model(shape), folders)
+    def __init__(self, base: Any, folders: dict[str, Path], mixes: bool) -> None:
+        self.peft = load_adapters(base, folders)
         self.names, self.mixes, self.rows = list(folders), mixes, []
         base = self.peft.get_base_model()  # which holds PEFT's layers; only mixing needs PEFT's own forward
         self.model = self if mixes else base
@@ -151,7 +151,7 @@ def arms_of(shape: dict[str, int], folders: dict[str, Path]) -> dict[str, Callab
     experts_only = {name: folder for name, folder in folders.items() if name != "shared"}
     stacked = StackedExperts(base_model(shape), experts_only)
     with_shared = StackedExperts(base_model(shape), folders)
-    one, mixed = (PeftModelAsExperts(shape, experts_only, mixes) for mixes in (False, True))
+    one, mixed = (PeftModelAsExperts(base_model(shape), experts_only, mixes) for mixes in (False, True))
     n = shape["new_tokens"]
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, shape["vocab_size"], (64, PROMPT_TOKENS), generator=generator).tolist()

@@ -66,7 +66,7 @@ class Selection:
         self.own = own.to(dtype) if mixed and self.present else None
         self._masks.clear()
         in_use = torch.tensor([k != BASE for k in rows], device=device)
-        self.in_use = None if bool(in_use.all()) else in_use.to(dtype)[:, None, None]
+        self.in_use = None if BASE not in rows else in_use.to(dtype)[:, None, None]
 
 
 class StackedLayer(nn.Module):

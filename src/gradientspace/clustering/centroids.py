@@ -2,6 +2,7 @@
 centroids."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -55,13 +56,18 @@ class Centroids:
         tail = torch.zeros_like(centres[:1]) if mean is None else mean[None]
         self.matrix = torch.cat([centres, components, tail])
         if update == "svd":
-            shape, dtype = (self.n_clusters, cache_size, centres.shape[1]), cache_dtype
+            self._cache = (self.n_clusters, cache_size, centres.shape[1]), cache_dtype
         else:
-            shape, dtype = centres.shape, centres.dtype
-        self.caches = torch.zeros(shape, dtype=dtype, device=centres.device)
+            self._cache = centres.shape, centres.dtype
         self.filled = torch.zeros(self.n_clusters, dtype=torch.int64)
         self.counts = torch.zeros(self.n_clusters, dtype=torch.int64)
         self.strengths = strengths.double().cpu()
+
+    @cached_property
+    def caches(self) -> Tensor:
+        """Made with the first rows of the stream: before, the validation rows may still fill the memory."""
+        shape, dtype = self._cache
+        return torch.zeros(shape, dtype=dtype, device=self.matrix.device)
 
     @property
     def centres(self) -> Tensor:
@@ -107,6 +113,7 @@ class Centroids:
     def push(self, batch: Projection, labels: Tensor) -> None:
         """Put the batch's unit rows into the caches of their clusters; every full cache moves its
         centroid."""
+        labels = labels.cpu()  # so that a GPU is waited for once, not once a cluster
         for cluster in range(self.n_clusters):
             index = (labels == cluster).nonzero().squeeze(1)
             self.counts[cluster] += len(index)

@@ -85,11 +85,16 @@ def plan_memory(
         rows = {"validation gradients (M x D)": n_validation * columns * number}
         if columns < dim:
             rows = {f"validation gradients ({n_validation} x {columns:,})": n_validation * columns * number} | batch
-        return rows | {"Gram matrices": n_validation**2 * (8 + 4 * n_draws)} | held
+        # V and the first centroids, and the one matrix of both that the stream works with.
+        copy = {"V and centroids, put together": sum(held.values())}
+        return rows | {"Gram matrices": n_validation**2 * (8 + 4 * n_draws)} | held | copy
 
     def stream(size: int, kind: str) -> dict[str, int]:
         if update == "svd":
-            caches = {"caches (K x n x D)": n_clusters * size * dim * torch.finfo(getattr(torch, kind)).bits // 8}
+            width = torch.finfo(getattr(torch, kind)).bits // 8
+            caches = {"caches (K x n x D)": n_clusters * size * dim * width}
+            if width < number:
+                caches["one cache, while its direction is found"] = size * dim * number
         else:
             caches = {"sums (K x D)": n_clusters * dim * number}
         return held | caches | batch | {"rows of one cluster in a batch": batch_size * dim * number}

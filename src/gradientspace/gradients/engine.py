@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from gradientspace.device import on_device
 from gradientspace.errors import GradientSpaceError, ModelError
 from gradientspace.gradients.attach import (
     checkpointed_forward,
@@ -159,21 +160,23 @@ class PerSampleGradients:
         """
         if self._closed:
             raise ValueError("this engine is closed")
-        device = self._causal_lm.get_input_embeddings().weight.device
-        input_ids, labels, lengths = right_padded({key: value.to(device) for key, value in batch.items()})
+        # Looked at on the CPU, where it usually is: every look at a GPU's numbers would wait for all its work.
+        input_ids, labels, lengths = right_padded({key: value.cpu() for key, value in batch.items()})
         return self._run(input_ids, labels, lengths, self._packs(lengths, labels.numel()))
 
     def _run(self, input_ids: Tensor, labels: Tensor, lengths: list[int], packed: bool) -> Tensor:
-        where = Supervision.from_labels(labels, self.loss, lengths if packed else None)
+        """`input_ids` and `labels` (b, T) on the CPU."""
+        device = self._causal_lm.get_input_embeddings().weight.device
+        where = Supervision.from_labels(labels, self.loss, lengths if packed else None).to(device)
         out = torch.empty(len(labels), self.dim, dtype=torch.float32, device=self.device)
         with self._attached(), ExitStack() as stack:
             if packed:
                 stack.enter_context(segment_attention_in(self._causal_lm))
                 self._sink.open(out, ConsecutiveRows(tuple(lengths)))
-                inputs = packed_inputs(input_ids, lengths)
+                inputs = packed_inputs(input_ids, lengths, device)
             else:
                 self._sink.open(out, ConsecutiveRows((labels.shape[1],) * len(labels)))
-                inputs = {"input_ids": input_ids}
+                inputs = {"input_ids": on_device([input_ids], device)[0]}
             token_losses = self._head.token_losses(inputs, where)
             (token_losses * where.weights).sum().backward()
             self._sink.close(self.layout)
@@ -329,7 +332,7 @@ class PerSampleGradients:
         """Largest relative error on two random samples; raises where it is more than rounding."""
         batch = random_batch(self._causal_lm)
         lengths = batch["attention_mask"].sum(dim=1).tolist()
-        ids, labels, own = batch["input_ids"], batch["labels"], self.parameters()
+        ids, labels, own = batch["input_ids"].cpu(), batch["labels"].cpu(), self.parameters()
         references = torch.stack(
             [
                 plain_gradient(

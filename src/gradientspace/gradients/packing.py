@@ -7,6 +7,7 @@ token by token.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from gradientspace.device import on_device
 from gradientspace.gradients.rows import equal_length_runs
+
+
+def _varlen_attention() -> Any:
+    """torch's flash attention over segments of different length, where it has one that knows windows and grouped
+    queries; else None."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # torch before 2.10
+        return None
+    return varlen_attn if {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters) else None
+
+
+varlen_attn = _varlen_attention()
 
 ATTENTION = "gradientspace_segments"
 
@@ -44,12 +59,24 @@ def segment_attention(
     sliding_window: int | None = None,
     *,
     segment_lengths: tuple[int, ...],
+    segment_bounds: Tensor,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each segment; query (1, heads, n, d), key and value (1, kv heads, n, d)."""
+    """Causal attention inside each segment; query (1, heads, n, d), key and value (1, kv heads, n, d).
+
+    `segment_bounds`: (b + 1,) int32, where the segments begin and the last one ends.
+    """
+    gqa = key.shape[1] != query.shape[1]
+    if varlen_attn is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        # One kernel for all segments, whatever their lengths.
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (n, heads, d)
+        left = -1 if sliding_window is None else sliding_window - 1
+        bounds, longest = segment_bounds, max(segment_lengths)
+        return varlen_attn(
+            q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(left, 0), enable_gqa=gqa
+        )[None], None  # pyright: ignore[reportReturnType]
     outputs = []
     runs = equal_length_runs(segment_lengths)
-    gqa = key.shape[1] != query.shape[1]
     # split, not slices: its backward pass concatenates once instead of adding n-long zero-filled tensors
     parts = (tensor[0].split([c * n for c, n in runs], dim=1) for tensor in (query, key, value))
     for (count, n), *own in zip(runs, *parts, strict=True):
@@ -80,13 +107,15 @@ def segment_attention_in(causal_lm: Any) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def packed_inputs(input_ids: Tensor, lengths: list[int]) -> dict[str, Any]:
-    """The padded (b, T) rows as one row of sum(lengths) tokens, with what the model needs beside it."""
-    device = input_ids.device
+def packed_inputs(input_ids: Tensor, lengths: list[int], device: torch.device) -> dict[str, Any]:
+    """The padded (b, T) rows as one row of sum(lengths) tokens on `device`, with what the model needs beside it."""
     row = torch.cat([ids[:n] for ids, n in zip(input_ids, lengths, strict=True)])
-    positions = torch.cat([torch.arange(n, device=device) for n in lengths])
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    row, positions, bounds = on_device((row, positions, bounds), device)
     return {
         "input_ids": row[None],
         "position_ids": positions[None],
         "segment_lengths": tuple(lengths),
+        "segment_bounds": bounds,
     }
