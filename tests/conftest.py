@@ -23,11 +23,14 @@ WORDS = (
 
 @pytest.fixture(scope="session")
 def micro_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_micro_model(tmp_path_factory.mktemp("micro-model"))
+
+
+def write_micro_model(folder: Path) -> Path:
     """A folder with a Llama of two layers and a byte-level BPE tokenizer, random weights."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("micro-model")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -71,8 +74,12 @@ def write_jsonl(path: Path, rows: list[dict[str, str]]) -> Path:
 
 @pytest.fixture(scope="session")
 def micro_mix(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_micro_mix(tmp_path_factory.mktemp("micro-mix"))
+
+
+def write_micro_mix(folder: Path) -> Path:
     """A folder with train.jsonl (240 rows) and test.jsonl (40 rows)."""
-    folder = tmp_path_factory.mktemp("micro-mix")
+    folder.mkdir(exist_ok=True)
     write_jsonl(folder / "train.jsonl", micro_rows(240, seed=1))
     write_jsonl(folder / "test.jsonl", micro_rows(40, seed=2))
     return folder
