@@ -71,7 +71,6 @@ def _be_a_child(request: dict[str, Any]) -> None:
     """One start of the command; never returns."""
     code = 70
     try:
-        os.setsid()
         said = os.open(request["said"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for number, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, said), (2, said)):
             os.dup2(target, number)

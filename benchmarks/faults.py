@@ -201,9 +201,9 @@ class Subject:
         """Compare a finished folder, remove it where it is right, keep it where not."""
         wrong = compare(self.whole / "runs", folder / "runs", tally, [*VOLATILE, *SHOWS_TIMES])
         shutil.copy(self.whole / self.run / "stages.json", folder / self.run / "stages.json")
-        for place in (self.whole, folder):
-            ended = self.start(place, arguments=["report", self.run])
-            assert ended.status == 0, ended.said
+        ended = self.start(folder, arguments=["report", self.run])
+        if ended.status != 0:
+            wrong.append(f"report: {ended.said}")
         wrong += compare(self.whole / "runs", folder / "runs", tally, VOLATILE)
         tally.folders += 1
         tally.wrong += [f"{what}: {name}" for name in dict.fromkeys(wrong)]
@@ -361,15 +361,17 @@ def _new(scratch: Path, name: str) -> Path:
 
 
 def micro_subject(scratch: Path) -> Subject:
-    """The tests' micro model and mix, with checkpoints at every chance: seconds a run, every kind of stage."""
+    """The tests' micro model and rows, with checkpoints at every chance: seconds a run, every kind of stage."""
     sys.path.insert(0, str(HERE.parent / "tests"))
     import conftest
 
     inputs = _new(scratch, "micro-inputs")
     model = conftest.write_micro_model(inputs / "model")
-    mix = conftest.write_micro_mix(inputs / "mix")
-    values = conftest.micro_values(model, mix, "runs")
-    values["training"] |= {"checkpoint_seconds": 0.0}
+    for name, rows, seed in (("train", 160, 1), ("test", 16, 2)):
+        conftest.write_jsonl(inputs / f"{name}.jsonl", conftest.micro_rows(rows, seed))
+    values = conftest.micro_values(model, inputs, "runs")
+    values["data"]["n_validation"] = 16
+    values["training"] |= {"checkpoint_seconds": 0.0, "per_device_train_batch_size": 4}
     values["gradients"] = {"max_tokens_per_batch": 1024}
     values["evaluation"]["baselines"] = ["embedding"]
     (inputs / "micro.yaml").write_text(yaml.safe_dump(values))
@@ -384,12 +386,12 @@ def demo_subject(scratch: Path) -> Subject:
 def _signals(subject: Subject, name: str, n: int, rng: random.Random) -> Tally:
     number, status, word = _QUOTED_SIGNALS[name]
     words = f"gradientspace: {word}; the same command continues where it stopped"
-    return at_random(subject, n, rng, to_a_folder=5, send=number, status=status, last_words=words)
+    return at_random(subject, n, rng, to_a_folder=10, send=number, status=status, last_words=words)
 
 
 Campaign = Callable[[Subject, random.Random, bool], Tally]
 MICRO: dict[str, Campaign] = {
-    "random": lambda s, rng, quick: at_random(s, 6 if quick else 200, rng, to_a_folder=3 if quick else 5),
+    "random": lambda s, rng, quick: at_random(s, 6 if quick else 200, rng, to_a_folder=3 if quick else 10),
     "writes": lambda s, _, quick: at_writes(s, "kill", [0] if quick else range(4), 100 if quick else 4),
     "terminate": lambda s, rng, quick: _signals(s, "terminate", 2 if quick else 20, rng),
     "interrupt": lambda s, rng, quick: _signals(s, "interrupt", 2 if quick else 20, rng),

@@ -74,12 +74,8 @@ def write_jsonl(path: Path, rows: list[dict[str, str]]) -> Path:
 
 @pytest.fixture(scope="session")
 def micro_mix(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_micro_mix(tmp_path_factory.mktemp("micro-mix"))
-
-
-def write_micro_mix(folder: Path) -> Path:
     """A folder with train.jsonl (240 rows) and test.jsonl (40 rows)."""
-    folder.mkdir(exist_ok=True)
+    folder = tmp_path_factory.mktemp("micro-mix")
     write_jsonl(folder / "train.jsonl", micro_rows(240, seed=1))
     write_jsonl(folder / "test.jsonl", micro_rows(40, seed=2))
     return folder

@@ -56,7 +56,7 @@ class Run:
         """
         path = config.run_folder
         run = cls(path, config, lenders)
-        with _explain_os_errors(path):
+        with explain_os_errors(path):
             if not (path / "config.yaml").is_file():
                 run._begin()
         different = differences(_identity(load_config(path / "config.yaml")), _identity(config))
@@ -113,7 +113,7 @@ class Run:
         if not again and (self._is_usable(name, fingerprint) or self._take_over(name, fingerprint)):
             return target
         partial = target.with_name(target.name + ".partial")
-        with _explain_os_errors(self.path):
+        with explain_os_errors(self.path):
             try:
                 _clear(partial, keep=CHECKPOINTS if resumable else None)
                 partial.mkdir(parents=True, exist_ok=True)
@@ -214,7 +214,7 @@ class Run:
                 continue
             target = self.path / name
             partial = target.with_name(target.name + ".partial")
-            with _explain_os_errors(self.path):
+            with explain_os_errors(self.path):
                 for stale in (partial, target):
                     shutil.rmtree(stale, ignore_errors=True)
                 partial.mkdir(parents=True)
@@ -278,7 +278,7 @@ class Run:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Only one process works on a run folder. Raises `RunFolderError` if another one does."""
-        with _explain_os_errors(self.path), open(self.path / ".lock", "w") as handle:
+        with explain_os_errors(self.path), open(self.path / ".lock", "w") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -383,7 +383,7 @@ _OS_ERRORS = {
 
 
 @contextlib.contextmanager
-def _explain_os_errors(path: Path) -> Iterator[None]:
+def explain_os_errors(path: Path) -> Iterator[None]:
     """Turn a full disk and its like into one clear line, also where a library wraps the system's error."""
     try:
         yield
