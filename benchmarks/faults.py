@@ -38,8 +38,7 @@ from gradientspace.run_folder import SHOWS_TIMES, VOLATILE, write_json
 HERE = Path(__file__).parent
 BEGIN, REPORT = "begin", "report"
 _MARKS = (
-    (re.compile(r"(\S+) \.\.\."), lambda found: found[1]),
-    (re.compile(r"evaluation done in .*"), lambda _: REPORT),
+    (re.compile(r"(\S+) \.\.\."), lambda found: found[1]),  # the report says it here only: fault_server
     (re.compile(r"1\. a tiny Llama .*"), lambda _: "pretraining"),
     (re.compile(r"2\. skills x topics .*"), lambda _: "generation"),
 )
@@ -247,8 +246,11 @@ def _instant(subject: Subject, after: float) -> Instant:
 def at_random(
     subject: Subject, n: int, rng: random.Random, *, to_a_folder: int, send: int = signal.SIGKILL,
     status: int = -signal.SIGKILL, last_words: str = "",
-) -> Tally:  # fmt: skip
-    """Strike `n` times at random instants. `status` and `last_words` are how the command has to end then."""
+) -> Iterator[Tally]:  # fmt: skip
+    """Strike `n` times at random instants. `status` and `last_words` are how the command has to end then.
+
+    Yields the tally so far after each folder, as the other campaigns do.
+    """
     tally = Tally()
     left = instants(subject, n, rng, to_a_folder)
     while left:
@@ -264,8 +266,7 @@ def at_random(
         if missed and len(missed) < to_a_folder:
             left.append(missed)
         _complete(subject, folder, tally, f"round {tally.folders}")
-        print(f"  {tally.strikes} of {n} strikes, {len(tally.wrong)} wrong", file=sys.stderr, flush=True)
-    return tally
+        yield tally
 
 
 def _note(tally: Tally, ended: Ended, before: set[str], status: int, last_words: str) -> None:
@@ -295,7 +296,7 @@ def _complete(subject: Subject, folder: Path, tally: Tally, what: str) -> None:
     subject.finish(folder, tally, what)
 
 
-def at_writes(subject: Subject, kind: str, chains: Sequence[int], of: int) -> Tally:
+def at_writes(subject: Subject, kind: str, chains: Sequence[int], of: int) -> Iterator[Tally]:
     """Strike at every recorded write of these chains, of `of` that there are: each start at one no start was yet."""
     tally = Tally()
     for chain in chains:
@@ -310,13 +311,12 @@ def at_writes(subject: Subject, kind: str, chains: Sequence[int], of: int) -> Ta
             status, words = (-signal.SIGKILL, "") if kind == "kill" else (2, "error: cannot write to .*disk is full")
             _note(tally, ended, before, status, words)
             if len(tally.wrong) > 20:
-                return tally
-        print(f"  chain {chain}: {tally.strikes} strikes so far, {len(tally.wrong)} wrong", file=sys.stderr, flush=True)
+                break
         _complete(subject, folder, tally, f"chain {chain}")
-    return tally
+        yield tally
 
 
-def damaged(subject: Subject, rng: random.Random) -> Tally:
+def damaged(subject: Subject, rng: random.Random) -> Iterator[Tally]:
     """Damage one file of every stage in three ways: it must be named, and that stage alone made again."""
     tally = Tally()
     folder = _new(subject.scratch, "damaged")
@@ -330,10 +330,10 @@ def damaged(subject: Subject, rng: random.Random) -> Tally:
             tally.starts, tally.strikes = tally.starts + 1, tally.strikes + 1
             tally.by_stage[stage] += 1
             named = f"{stage}: {name} is missing or damaged (its hash differs); made again" in ended.said
-            if ended.status != 0 or not named or ended.made[1:-1] != [stage] * (len(ended.made) - 2):
+            if ended.status != 0 or not named or ended.made != [BEGIN, stage, REPORT]:
                 tally.wrong.append(f"{harm.__name__} {stage}/{name}: exit {ended.status}, made {ended.made}")
     _complete(subject, folder, tally, "damaged")
-    return tally
+    yield tally
 
 
 def flip_a_bit(path: Path, rng: random.Random) -> None:
@@ -383,13 +383,13 @@ def demo_subject(scratch: Path) -> Subject:
     return Subject("demo", scratch / "demo", arguments, "runs/demo", often=False)
 
 
-def _signals(subject: Subject, name: str, n: int, rng: random.Random) -> Tally:
+def _signals(subject: Subject, name: str, n: int, rng: random.Random) -> Iterator[Tally]:
     number, status, word = _QUOTED_SIGNALS[name]
     words = f"gradientspace: {word}; the same command continues where it stopped"
     return at_random(subject, n, rng, to_a_folder=10, send=number, status=status, last_words=words)
 
 
-Campaign = Callable[[Subject, random.Random, bool], Tally]
+Campaign = Callable[[Subject, random.Random, bool], Iterator[Tally]]
 MICRO: dict[str, Campaign] = {
     "random": lambda s, rng, quick: at_random(s, 6 if quick else 200, rng, to_a_folder=3 if quick else 10),
     "writes": lambda s, _, quick: at_writes(s, "kill", [0] if quick else range(4), 100 if quick else 4),
@@ -402,6 +402,7 @@ DEMO: dict[str, Campaign] = {"demo": lambda s, rng, _: at_random(s, 20, rng, to_
 
 
 def campaigns(wanted: Sequence[str], scratch: Path, quick: bool, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and results of every campaign, after each of its folders."""
     for make, known in ((micro_subject, MICRO), (demo_subject, DEMO)):
         names = [name for name in known if name in wanted]
         if not names:
@@ -410,14 +411,14 @@ def campaigns(wanted: Sequence[str], scratch: Path, quick: bool, seed: int) -> I
         for name in names:
             print(f"{name} ({subject.name}, {subject.seconds:.1f} s uninterrupted)", file=sys.stderr, flush=True)
             start = time.monotonic()
-            tally = known[name](subject, random.Random(f"{seed}/{name}"), quick)
-            facts = {
-                "subject": subject.name,
-                "uninterrupted_seconds": round(subject.seconds, 1),
-                "stages": len(subject.recorded(subject.whole)),
-                "seconds": round(time.monotonic() - start),
-            }
-            yield name, {**facts, **tally.to_dict()}
+            for tally in known[name](subject, random.Random(f"{seed}/{name}"), quick):
+                facts = {
+                    "subject": subject.name,
+                    "uninterrupted_seconds": round(subject.seconds, 1),
+                    "stages": len(subject.recorded(subject.whole)),
+                    "seconds": round(time.monotonic() - start),
+                }
+                yield name, {**facts, **tally.to_dict()}
         subject.close()
 
 

@@ -23,6 +23,8 @@ _PUSHED = (
     "data/accounting.json", "evaluation/results.json",
 )  # fmt: skip
 """What of a run folder goes to a hub: no rows of the data, and nothing that only this machine needs."""
+LAST_FILE = "README.md"
+"""The last file that a finished run writes."""
 _NOT_PUSHED = ("*.partial/*", "*/checkpoints/*")
 
 
@@ -32,7 +34,7 @@ def write_cards(run: Run) -> None:
     for k, folder in enumerate(facts.folders):
         write_text(folder / "README.md", expert_card(facts, k))
     write_text(run.path / "router/README.md", router_card(facts))
-    write_text(run.path / "README.md", run_card(facts))
+    write_text(run.path / LAST_FILE, run_card(facts))
 
 
 class _Facts:
