@@ -167,6 +167,18 @@ def test_of_two_that_begin_at_once_one_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "r/config.yaml").exists()
 
 
+def test_a_demo_killed_between_its_report_and_its_cards_goes_on(tmp_path: Path, monkeypatch, capsys) -> None:
+    from gradientspace.demo import command
+
+    run = made_up_run(tmp_path / "demo", n=60)
+    (run.path / "report.html").write_text("all of it")
+    monkeypatch.setattr(command, "_run", lambda *_: (run.path / "README.md").write_text("the last card"))
+    monkeypatch.setattr(command, "summary", lambda *_: "")
+    for finished in (False, True):
+        command.demo("none", tmp_path, seed=0, fresh=False)
+        assert ("is finished already" in capsys.readouterr().err) == finished
+
+
 def test_a_stage_in_the_manifest_has_its_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between the two files, the stage is made again: there is never a stage without its cost."""
     run = new_run(tmp_path)
