@@ -165,12 +165,13 @@ def run_card(facts: _Facts) -> str:
 def push_to_hub(run: Run, repo_id: str, *, private: bool = False) -> str:
     """Upload experts, router, cards and results of an evaluated run; never its data. Returns the address.
 
-    Raises `RunFolderError` where the run is not evaluated, `InputError` where the hub refuses.
+    Raises `RunFolderError` where the run is not evaluated or is damaged, `InputError` where the hub refuses.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     run.require("evaluation", f"eval {run.path}")
+    run.check("experts/", "router", "shared", "single")
     write_cards(run)
     api = HfApi()
     try:
