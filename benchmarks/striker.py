@@ -1,8 +1,9 @@
 """Strike a process at a recorded write: it kills itself, or finds its disk full.
 
-Recorded writes are what Python does to files below a folder (open for writing, sync, rename, link, remove, make or remove
-a folder), and every file that a library writes by itself (safetensors, Parquet), which a kill leaves half-written. Each
-process of a chain is struck at the first write that no earlier one was struck at, until one comes through.
+Recorded writes are what Python does to files below a folder (open for writing, sync, rename, link, remove, make or
+remove a folder), and every file that a library writes by itself (safetensors, Parquet), which a kill leaves
+half-written. Each process of a chain is struck at the first write that no earlier one was struck at, until one comes
+through.
 """
 
 from __future__ import annotations
