@@ -28,17 +28,18 @@ WHAT = {
 
 
 def read() -> dict[str, Any]:
-    return read_json(RESULTS)
+    return read_json(RESULTS) if RESULTS.exists() else {"campaigns": {}}
 
 
 def block(results: dict[str, Any]) -> str:
     """The table of campaigns, where the strikes fell, and what came out wrong."""
     campaigns = {name: results["campaigns"][name] for name in WHAT if name in results["campaigns"]}
-    lines = [
-        START,
-        "| what was done | times | starts | folders compared | files compared | stages struck | came out wrong |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    lines = [START]
+    if campaigns:
+        lines += [
+            "| what was done | times | starts | folders compared | files compared | stages struck | came out wrong |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
     for name, found in campaigns.items():
         cells = [WHAT[name], *(f"{found[key]:,}" for key in ("strikes", "starts", "folders", "files_compared")),
                  str(len(found["by_stage"])), str(len(found["wrong"]))]  # fmt: skip
