@@ -27,7 +27,9 @@ MOST = 500
 
 def toy(folder: Path) -> None:
     """Stages that write in every way a run does, one of them going on from checkpoints."""
-    run = Run.create(GradientSpaceConfig.from_dict({"name": "r", "output_dir": str(folder)}))
+    folder.mkdir(exist_ok=True)
+    os.chdir(folder)  # config.yaml names the output folder: the same one for all
+    run = Run.create(GradientSpaceConfig.from_dict({"name": "r", "output_dir": "."}))
     with run.lock():
         run.stage("rows", lambda to: pq.write_table(pa.table({"x": np.arange(500)}), to / "out.parquet"))
         run.stage("steps", step_by_step, inputs=("rows",), resumable=True)
