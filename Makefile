@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .PHONY: demo test test-browser test-all lint bench paper ablations figures clean test-vllm test-lm-eval test-gpu
+.PHONY: demo test test-browser test-all lint bench paper ablations figures clean test-vllm test-lm-eval test-faults faults
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +21,14 @@ test: $(READY)
 test-browser: $(READY)
 	npm install --prefix tests/browser --no-package-lock --no-audit --no-fund
 	$(BIN)/python -m pytest -m browser
+
+# A few strikes of every kind, in minutes; `make faults` is all of them, about an hour on one core.
+test-faults: $(READY)
+	$(BIN)/python -m pytest -m faults tests/test_faults.py
+
+faults: $(READY)
+	$(BIN)/python benchmarks/faults.py --json benchmarks/results/faults.json
+	$(BIN)/python benchmarks/faults_page.py
 
 # The real engine and the real harness, each in an environment of its own: their pins are not ours.
 test-vllm: $(READY) .venv-vllm/.ready

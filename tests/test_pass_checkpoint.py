@@ -41,7 +41,8 @@ def test_a_killed_pass_goes_on_to_the_same_bytes(
     monkeypatch.setattr(OnlineSVDClusterer, "partial_fit", partial_fit)
     with pytest.raises(Killed):
         run(config, until="cluster")
-    assert (config.run_folder / "clustering.partial/checkpoints/pass.json").is_file()
+    (snapshot,) = (config.run_folder / "clustering.partial/checkpoints").iterdir()
+    assert (snapshot.name, (snapshot / "pass.json").is_file()) == ("pass-3", True)
     found = run(config, until="cluster")
     before, after = sum(calls[:3]), sum(calls[4:])
     assert before + after == len(Assignments.read(found.path / "clustering/assignments.parquet").ids)

@@ -72,7 +72,7 @@ def test_a_checkpoint_holds_no_pickle(micro, tmp_path, monkeypatch) -> None:
     killed_after(micro, tmp_path / "no", 35, monkeypatch, options=OFTEN, epochs=4, checkpoints=folder)
     assert [p.name for p in folder.iterdir()] == ["checkpoint-30"]
     names = {p.name for p in folder.rglob("*") if p.is_file()}
-    assert names == {"state.safetensors", "state.json", "trainer_state.json"}
+    assert names == {"state.safetensors", "state.json", "trainer_state.json", "hashes.json"}
 
 
 def test_early_stopping_keeps_the_best_and_resumes(micro, tmp_path, monkeypatch) -> None:

@@ -65,7 +65,7 @@ def test_a_failing_stage_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="no"):
         run.stage("a", fails)
-    assert sorted(p.name for p in run.path.iterdir()) == ["config.yaml", "versions.json"]
+    assert sorted(p.name for p in run.path.iterdir()) == [".lock", "config.yaml", "versions.json"]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ _PUSHED = (
     "data/accounting.json", "evaluation/results.json",
 )  # fmt: skip
 """What of a run folder goes to a hub: no rows of the data, and nothing that only this machine needs."""
+LAST_FILE = "README.md"
+"""The last file that a finished run writes."""
 _NOT_PUSHED = ("*.partial/*", "*/checkpoints/*")
 
 
@@ -32,7 +34,7 @@ def write_cards(run: Run) -> None:
     for k, folder in enumerate(facts.folders):
         write_text(folder / "README.md", expert_card(facts, k))
     write_text(run.path / "router/README.md", router_card(facts))
-    write_text(run.path / "README.md", run_card(facts))
+    write_text(run.path / LAST_FILE, run_card(facts))
 
 
 class _Facts:
@@ -163,12 +165,13 @@ def run_card(facts: _Facts) -> str:
 def push_to_hub(run: Run, repo_id: str, *, private: bool = False) -> str:
     """Upload experts, router, cards and results of an evaluated run; never its data. Returns the address.
 
-    Raises `RunFolderError` where the run is not evaluated, `InputError` where the hub refuses.
+    Raises `RunFolderError` where the run is not evaluated or is damaged, `InputError` where the hub refuses.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     run.require("evaluation", f"eval {run.path}")
+    run.check("experts/", "router", "shared", "single")
     write_cards(run)
     api = HfApi()
     try:

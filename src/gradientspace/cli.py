@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gradientspace import __version__, chat
@@ -28,7 +31,9 @@ _STEPS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the `gradientspace` command. Returns the exit code: 0 done, 2 wrong input, 1 our fault."""
+    """Entry point of the `gradientspace` command. Returns the exit code: 0 done, 2 wrong input, 1 our fault,
+    130 interrupted, 143 terminated.
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and not getattr(options, "takes_overrides", False):
@@ -37,15 +42,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return options.handler(options, rest) or 0
+        with _terminable():
+            return options.handler(options, rest) or 0
     except GradientSpaceError as error:
         if options.debug:
             traceback.print_exc()
         print(f"gradientspace: error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
+    except _Terminated:
+        print("\ngradientspace: terminated; the same command continues where it stopped", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         print("\ngradientspace: interrupted; the same command continues where it stopped", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader of our output went away (`| head`): nothing is wrong with the run.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -56,6 +65,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         print(f"gradientspace: internal error: {text} (run again with --debug and report it)", file=sys.stderr)
         return 1
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which stops a command as Ctrl-C does."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """While the block runs, SIGTERM unwinds it. In a thread, or where somebody else handles it, nothing changes."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 from lm_eval.models.huggingface import HFLM  # type: ignore
 
-from gradientspace.errors import RunFolderError
-from gradientspace.inference import Experts, expert_folders
+from gradientspace.inference import Experts, adapters_of
 from gradientspace.models import load_base, load_tokenizer
 from gradientspace.router import Router
 from gradientspace.run_folder import Run
@@ -37,9 +36,7 @@ class RoutedLM(HFLM):
 
     def __init__(self, run: str | Path, routes: str | Path | None = None, **options: Any) -> None:
         opened = Run.open(run)
-        folders = expert_folders(opened.path / "experts")
-        if not folders:
-            raise RunFolderError(f"{run} has no experts yet: run `gradientspace experts {run}` first")
+        folders, _ = adapters_of(opened)
         self.router = Router.load(opened.require("router", f"router {run}"))
         self.routes = Path(routes) if routes else None
         base = load_base(opened.config.model)

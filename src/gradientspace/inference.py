@@ -252,10 +252,14 @@ def expert_name(number: int) -> str:
 
 
 def adapters_of(run: Run) -> tuple[list[Path], Path | None]:
-    """The experts' folders in order, and the shared adapter's where the run has one."""
+    """The experts' folders in order, and the shared adapter's where the run has one.
+
+    Raises `RunFolderError` where there are no experts, or one is damaged.
+    """
     folders = expert_folders(run.path / "experts")
     if not folders:
         raise RunFolderError(f"{run.path} has no experts yet: run `gradientspace experts {run.path}` first")
+    run.check("experts/", "shared")
     return folders, run.path / "shared" if run.has("shared") else None
 
 

@@ -11,19 +11,22 @@ import torch
 
 from gradientspace.assignments import Assignments
 from gradientspace.clustering import OnlineSVDClusterer
+from gradientspace.progress import say
 from gradientspace.projection import ProjectedRows
-from gradientspace.run_folder import write_json
+from gradientspace.run_folder import is_sealed, seal, write_json
 
 INTERVAL = 60.0
 """Seconds between two snapshots."""
 LARGEST_SHARE = 0.05
 """Snapshots of a large state are rarer, so that writing them takes at most this share of the time."""
+_PREFIX = "pass-"
 
 
 class PassCheckpoint:
-    """Snapshots of one online pass in `folder`, the newest only.
+    """Snapshots `pass-BATCHES` of one online pass in `folder`; an older one goes when the newer is complete.
 
-    `belongs_to` names what the pass depends on (weights, samples, settings); a snapshot of another is ignored. The
+    `belongs_to` names what the pass depends on (weights, samples, settings); a snapshot of another is ignored, and a
+    damaged one named. The
     file `keep`, written before the pass, is kept with the snapshots and put back by `load`, and so are the rows of
     `projected`.
     """
@@ -43,32 +46,42 @@ class PassCheckpoint:
 
     def load(self, device: torch.device) -> tuple[OnlineSVDClusterer, Assignments, int] | None:
         """Clusterer, assignments so far, and the number of batches behind them; None where there is no snapshot."""
-        if not (self.folder / "pass.json").is_file():
+        snapshots = {int(p.name.removeprefix(_PREFIX)): p for p in self.folder.glob(f"{_PREFIX}*") if not p.suffix}
+        if not snapshots:
             return None
-        record = json.loads((self.folder / "pass.json").read_text())
+        newest = snapshots[max(snapshots)]
+        if not is_sealed(newest):
+            say("  the snapshot of the online pass is damaged (its hash differs); the pass starts anew")
+            return None
+        record = json.loads((newest / "pass.json").read_text())
         if record["belongs_to"] != self.belongs_to:
             return None
-        shutil.copy(self.folder / self.keep.name, self.keep)
+        shutil.copy(newest / self.keep.name, self.keep)
         if self.projected:
-            self.projected.load(self.folder / "projected.safetensors")
-        table = Assignments.read(self.folder / "assignments.parquet")
-        return OnlineSVDClusterer.load(self.folder, str(device)), table, record["batches"]
+            self.projected.load(newest / "projected.safetensors")
+        table = Assignments.read(newest / "assignments.parquet")
+        return OnlineSVDClusterer.load(newest, str(device)), table, record["batches"]
 
     def offer(self, clusterer: OnlineSVDClusterer, table: Assignments, batches: int) -> None:
         """Write a snapshot if one is due. It is complete or not there at any instant."""
         start = time.monotonic()
         if start - self._last < self.interval:
             return
-        partial = self.folder.with_name(self.folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        snapshot = self.folder / f"{_PREFIX}{batches}"
+        partial = snapshot.with_suffix(".partial")
+        for stale in (partial, snapshot):
+            shutil.rmtree(stale, ignore_errors=True)
         clusterer.save(partial)
         shutil.copy(self.keep, partial)
         table.write(partial / "assignments.parquet")
         if self.projected:
             self.projected.save(partial / "projected.safetensors")
         write_json(partial / "pass.json", {"belongs_to": self.belongs_to, "batches": batches})
-        self.remove()
-        partial.rename(self.folder)
+        seal(partial)
+        partial.rename(snapshot)
+        for older in self.folder.iterdir():
+            if older != snapshot:
+                shutil.rmtree(older, ignore_errors=True)
         self._last = time.monotonic()
         self.interval = max(self.interval, (self._last - start) / LARGEST_SHARE)
 

@@ -3,7 +3,8 @@
 A stage writes into `<folder>.partial`, which is renamed when complete and then entered in `manifest.json` with the
 SHA-256 of every file. A process killed at any instant therefore leaves either a complete, recorded stage or
 nothing that a later start would use. Files whose content changes from run to run (times, memory) live apart, in
-`VOLATILE`; everything else is the same bytes for the same config, data and machine.
+`VOLATILE`; everything else is the same bytes for the same config, data and machine, except what the report draws of
+the times (`SHOWS_TIMES`). Every start compares a finished stage's files with their hashes before it uses them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ from gradientspace.sharing import link_folder, options_read
 from gradientspace.strict import differences
 
 VOLATILE = ("stages.json", ".lock")
+"""Seconds and peak memory of every stage; the lock."""
+SHOWS_TIMES = ("report.html", "figures/cost.svg", "figures/cost.png", "figures/cost.csv")
+"""Drawn from `stages.json` among others: the same bytes where that is the same."""
+_AT_START = frozenset({".lock", "versions.json", ".versions.json.tmp", ".config.yaml.tmp"})
+"""What a start leaves that was killed before it wrote `config.yaml`."""
+_SEAL = "hashes.json"
 CHECKPOINTS = "checkpoints"
 """Folder in a resumable stage's partial one in which an interrupted attempt leaves what the next goes on from."""
 SCHEMA = 1
@@ -48,22 +55,27 @@ class Run:
         A stage that one of the `lenders` has made from the same inputs and options is taken over from there.
         """
         path = config.run_folder
-        recorded = path / "config.yaml"
-        if recorded.is_file():
-            different = differences(_identity(load_config(recorded)), _identity(config))
-            if different:
-                raise RunFolderError(
-                    f"{path} belongs to another config ({'; '.join(different[:3])}"
-                    f"{'; …' if len(different) > 3 else ''}): choose another --name or remove the folder"
-                )
-        elif path.exists() and any(path.iterdir()):
-            raise RunFolderError(f"{path} exists and is not a run folder: choose another --name")
-        with _explain_os_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
-            if not recorded.is_file():
-                write_json(path / "versions.json", versions())
-                write_text(recorded, _config_header() + config.to_yaml())
-        return cls(path, config, lenders)
+        run = cls(path, config, lenders)
+        with explain_os_errors(path):
+            if not (path / "config.yaml").is_file():
+                run._begin()
+        different = differences(_identity(load_config(path / "config.yaml")), _identity(config))
+        if different:
+            raise RunFolderError(
+                f"{path} belongs to another config ({'; '.join(different[:3])}"
+                f"{'; …' if len(different) > 3 else ''}): choose another --name or remove the folder"
+            )
+        return run
+
+    def _begin(self) -> None:
+        """Write config and versions into a new folder; of two processes that begin at once, one does."""
+        if self.path.exists() and {p.name for p in self.path.iterdir()} - _AT_START:
+            raise RunFolderError(f"{self.path} exists and is not a run folder: choose another --name")
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self.lock():
+            if not (self.path / "config.yaml").is_file():
+                write_json(self.path / "versions.json", versions())
+                write_text(self.path / "config.yaml", _config_header() + self.config.to_yaml())
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -101,7 +113,7 @@ class Run:
         if not again and (self._is_usable(name, fingerprint) or self._take_over(name, fingerprint)):
             return target
         partial = target.with_name(target.name + ".partial")
-        with _explain_os_errors(self.path):
+        with explain_os_errors(self.path):
             try:
                 _clear(partial, keep=CHECKPOINTS if resumable else None)
                 partial.mkdir(parents=True, exist_ok=True)
@@ -110,14 +122,16 @@ class Run:
                 with memory:
                     make(partial)
                 _sync(partial)
+                files = hashes(partial)
                 _clear(target)
                 partial.rename(target)
             except BaseException:
                 _clear(partial, keep=CHECKPOINTS if resumable else None)
                 raise
             seconds = time.perf_counter() - start
-            self._record(name, {"inputs": fingerprint, "files": _hashes(target)})
+            # The manifest last: a stage that it names has all that belongs to it.
             self._record_cost(name, {"seconds": round(seconds, 2), "peak_memory_bytes": memory.peak_bytes})
+            self._record(name, {"inputs": fingerprint, "files": files})
         say(f"{name} done in {seconds:.1f} s")
         return target
 
@@ -125,10 +139,29 @@ class Run:
         return name in self.manifest()["stages"] and (self.path / name).is_dir()
 
     def require(self, name: str, command: str) -> Path:
-        """The folder of a finished stage. Raises `RunFolderError` naming the command that makes it."""
+        """The folder of a finished and undamaged stage. Raises `RunFolderError` naming the command that makes it."""
         if not self.has(name):
             raise RunFolderError(f"{self.path} has no finished {name!r} yet: run `gradientspace {command}` first")
+        self.check(name)
         return self.path / name
+
+    def check(self, *names: str) -> None:
+        """Raises `RunFolderError` where a file of one of these stages is not the one that was recorded.
+
+        A stage that is not recorded is passed over; a name ending in `/` means every stage below it.
+        """
+        for name, entry in self.manifest()["stages"].items():
+            if name not in names and not name.startswith(tuple(n for n in names if n.endswith("/"))):
+                continue
+            if (damaged := self._damaged(name, entry)) is not None:
+                raise RunFolderError(
+                    f"{self.path / name / damaged} is missing or damaged (its hash differs): "
+                    f"`gradientspace run {self.path}/config.yaml` makes it again"
+                )
+
+    def _damaged(self, name: str, entry: dict[str, Any]) -> str | None:
+        """The first file of a stage that does not have its recorded hash."""
+        return next((f for f, found in entry["files"].items() if _sha256(self.path / name / f) != found), None)
 
     def forget(self, *names: str) -> None:
         """Drop the record of stages, and of all below them, so that the next start makes them again."""
@@ -163,10 +196,9 @@ class Run:
         if entry["inputs"] != fingerprint:
             say(f"{name}: what it was made from has changed; made again")
             return False
-        damaged = [f for f, digest in entry["files"].items() if _sha256(self.path / name / f) != digest]
-        if damaged:
-            say(f"{name}: {damaged[0]} is missing or damaged (its hash differs); made again")
-        return not damaged
+        if (damaged := self._damaged(name, entry)) is not None:
+            say(f"{name}: {damaged} is missing or damaged (its hash differs); made again")
+        return damaged is None
 
     def _take_over(self, name: str, fingerprint: dict[str, str]) -> bool:
         """Link the stage's files from a lender that has the same one; False where nobody has."""
@@ -182,14 +214,14 @@ class Run:
                 continue
             target = self.path / name
             partial = target.with_name(target.name + ".partial")
-            with _explain_os_errors(self.path):
+            with explain_os_errors(self.path):
                 for stale in (partial, target):
                     shutil.rmtree(stale, ignore_errors=True)
                 partial.mkdir(parents=True)
                 link_folder(lender.path / name, partial)
                 partial.rename(target)
-                self._record(name, entry)
                 self._record_cost(name, {**lender.costs().get(name, {}), "made_in": lender.path.name})
+                self._record(name, entry)
             say(f"{name}: the one of {lender.path.name}")
             return True
         return False
@@ -210,10 +242,17 @@ class Run:
             return {"schema": SCHEMA, "config": digest(_identity(self.config)), "stages": {}}
         try:
             manifest = json.loads(path.read_text())
-        except ValueError as error:
+            schema = manifest["schema"]
+            if schema == SCHEMA:
+                for entry in manifest["stages"].values():
+                    entry["inputs"].keys(), entry["files"].keys()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunFolderError(f"{path} is damaged: remove it to make every stage again") from error
-        if manifest.get("schema") != SCHEMA:
-            raise RunFolderError(f"{path} has schema {manifest.get('schema')}; this version reads {SCHEMA}")
+        if schema != SCHEMA:
+            raise RunFolderError(
+                f"{path} has schema {schema!r}, and this version of gradientspace reads {SCHEMA}: use the version that "
+                f"{self.path / 'versions.json'} names, or start a new run with another --name"
+            )
         return manifest
 
     def _record(self, name: str, entry: dict[str, Any]) -> None:
@@ -225,16 +264,21 @@ class Run:
         write_json(self.path / "stages.json", {**self.costs(), name: cost})
 
     def costs(self) -> dict[str, dict[str, Any]]:
-        """Seconds and peak memory of every stage that was made."""
+        """Seconds and peak memory of every stage that was made; of none where the file is damaged."""
         path = self.path / "stages.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        try:
+            found = json.loads(path.read_text()) if path.is_file() else {}
+            return {str(name): dict(cost) for name, cost in found.items()}
+        except (ValueError, TypeError, AttributeError):
+            say(f"{path} is damaged: times and memory of the stages so far are lost")
+            return {}
 
     # -------------------------------------------------------------------- lock
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Only one process works on a run folder. Raises `RunFolderError` if another one does."""
-        with _explain_os_errors(self.path), open(self.path / ".lock", "w") as handle:
+        with explain_os_errors(self.path), open(self.path / ".lock", "w") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -272,9 +316,24 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _hashes(folder: Path) -> dict[str, str | None]:
+def hashes(folder: Path) -> dict[str, str | None]:
+    """SHA-256 of every file below `folder`, by its path there."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {str(p.relative_to(folder)): _sha256(p) for p in files}
+
+
+def seal(folder: Path) -> None:
+    """Write the hashes of the files in `folder` beside them, for `is_sealed`."""
+    write_json(folder / _SEAL, hashes(folder))
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether `folder` holds exactly the files it was sealed with."""
+    try:
+        recorded = read_json(folder / _SEAL)
+    except (OSError, ValueError):
+        return False
+    return recorded == {name: found for name, found in hashes(folder).items() if name != _SEAL}
 
 
 def _sha256(path: Path) -> str | None:
@@ -324,7 +383,7 @@ _OS_ERRORS = {
 
 
 @contextlib.contextmanager
-def _explain_os_errors(path: Path) -> Iterator[None]:
+def explain_os_errors(path: Path) -> Iterator[None]:
     """Turn a full disk and its like into one clear line, also where a library wraps the system's error."""
     try:
         yield

@@ -2,7 +2,8 @@
 
 transformers' own checkpoints hold optimiser, scheduler, random state and arguments as pickles; here a checkpoint is a
 folder `checkpoint-STEP` with `state.safetensors` (adapter, optimiser moments, random state), `state.json` (schedule,
-and what the training was made from) and `trainer_state.json` (the Trainer's own). It appears complete or not at all.
+and what the training was made from), `trainer_state.json` (the Trainer's own) and their hashes. It appears complete or
+not at all.
 
 Checkpoints are taken by the clock, so that a short training writes none, and only at steps that are logged: the
 Trainer's running loss is then zero, and nothing of it is lost. This module imports transformers; import it late.
@@ -22,6 +23,7 @@ from transformers import Trainer, TrainerCallback
 
 from gradientspace.early_stopping import KeepBest
 from gradientspace.progress import say
+from gradientspace.run_folder import is_sealed, seal
 
 _PREFIX = "checkpoint-"
 _TENSORS, _VALUES, _TRAINER = "state.safetensors", "state.json", "trainer_state.json"
@@ -66,6 +68,7 @@ class ResumableTrainer(Trainer):
         save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, partial / _TENSORS)
         (partial / _VALUES).write_text(json.dumps(values))
         self.state.save_to_json(str(partial / _TRAINER))
+        seal(partial)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -137,12 +140,11 @@ def latest_checkpoint(folder: Path, made_from: str, label: str) -> Path | None:
     if not found:
         return None
     newest = max(found, key=lambda p: int(p.name.removeprefix(_PREFIX)))
-    try:
-        _, values = _read(newest)
-        steps = json.loads((newest / _TRAINER).read_text())["global_step"]
-    except Exception as error:  # whatever is wrong with it, the training can start anew
-        say(f"  {label}: its checkpoint is damaged ({type(error).__name__}); trained from the start")
+    if not is_sealed(newest):
+        say(f"  {label}: its checkpoint is damaged (a hash differs); trained from the start")
         return None
+    _, values = _read(newest)
+    steps = json.loads((newest / _TRAINER).read_text())["global_step"]
     if values["made_from"] != made_from:
         say(f"  {label}: what its checkpoint was made from has changed; trained from the start")
         return None

@@ -8,10 +8,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from gradientspace.cards import LAST_FILE
 from gradientspace.config import GradientSpaceConfig
 from gradientspace.demo.recipe import RECIPE
 from gradientspace.demo.skills import Control, write_data
 from gradientspace.progress import Progress, say
+from gradientspace.run_folder import Run
 from gradientspace.tables import render
 
 _METHODS = {
@@ -30,11 +32,11 @@ def demo(control: Control, output_dir: Path, *, seed: int, fresh: bool) -> dict[
     folder = output_dir / name
     if fresh and folder.exists():
         shutil.rmtree(folder)
-    if (folder / "report.html").is_file():
+    if (folder / LAST_FILE).is_file():
         say(f"{folder} is finished already; nothing is run again (start over with --fresh, or make demo FRESH=1)")
     else:
         _run(control, name, output_dir, seed)
-    results = json.loads((folder / "evaluation/results.json").read_text())
+    results = json.loads((Run.open(folder).require("evaluation", "demo") / "results.json").read_text())
     print(summary(results, folder))
     return results
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from gradientspace.report.comparing import write_comparison
 from gradientspace.report.page import render
 from gradientspace.report.record import RunRecord
-from gradientspace.run_folder import Run, write_text
+from gradientspace.run_folder import Run, explain_os_errors, write_text
 
 __all__ = ["write_comparison", "write_report"]
 
@@ -23,8 +23,9 @@ def write_report(run: Run) -> Path:
     """Write `report.html` and `figures/` from what the run folder holds so far. Returns the page's path."""
     page, charts = render(RunRecord.read(run))
     folder = run.path / FIGURES
-    folder.mkdir(exist_ok=True)
-    for chart in charts:
-        chart.write(folder)
-    write_text(run.path / "report.html", page)
+    with explain_os_errors(run.path):
+        folder.mkdir(exist_ok=True)
+        for chart in charts:
+            chart.write(folder)
+        write_text(run.path / "report.html", page)
     return run.path / "report.html"

@@ -41,13 +41,14 @@ class RunRecord:
 
     @classmethod
     def read(cls, run: Run) -> RunRecord:
-        """Read the small files; the tables are read when they are asked for."""
+        """Read the small files; the tables are read when asked for. Raises `RunFolderError` where damaged."""
         stages = run.manifest()["stages"]
+        run.check("data", "rows", "clustering", "evaluation")
         clusterer = _json(run.path / "clustering/clusterer.json") if run.has("clustering") else None
         return cls(
             run=run,
             manifest=run.manifest(),
-            costs=_json(run.path / "stages.json"),
+            costs=run.costs(),
             versions=_json(run.path / "versions.json"),
             accounting=_json(run.path / "data/accounting.json") if run.has("data") else None,
             clustering=_json(run.path / "clustering/clustering.json") if run.has("clustering") else None,
