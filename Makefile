@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-browser test-all lint bench paper ablations figures clean test-vllm test-lm-eval
+.PHONY: demo test test-browser test-distributed test-all lint bench paper ablations figures clean test-vllm test-lm-eval
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,10 @@ test: $(READY)
 test-browser: $(READY)
 	npm install --prefix tests/browser --no-package-lock --no-audit --no-fund
 	$(BIN)/python -m pytest -m browser
+
+# 1, 2 and 4 processes on this machine, lost ranks, resume.
+test-distributed: $(READY)
+	GRADIENTSPACE_DISTRIBUTED=1 $(BIN)/python -m pytest -m distributed
 
 # The real engine and the real harness, each in an environment of its own: their pins are not ours.
 test-vllm: $(READY) .venv-vllm/.ready
