@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-browser test-all lint bench paper ablations figures clean test-vllm test-lm-eval test-gpu
-.PHONY: demo test test-browser test-all lint bench paper ablations figures clean test-vllm test-lm-eval test-faults faults
+.PHONY: demo test test-browser test-faults test-distributed test-gpu test-vllm test-lm-eval lint bench paper ablations \
+	figures faults clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,10 @@ test-faults: $(READY)
 faults: $(READY)
 	$(BIN)/python benchmarks/faults.py --json benchmarks/results/faults.json
 	$(BIN)/python benchmarks/faults_page.py
+
+# 1, 2 and 4 processes on this machine, lost ranks, resume.
+test-distributed: $(READY)
+	GRADIENTSPACE_DISTRIBUTED=1 $(BIN)/python -m pytest -m distributed
 
 # The real engine and the real harness, each in an environment of its own: their pins are not ours.
 test-vllm: $(READY) .venv-vllm/.ready

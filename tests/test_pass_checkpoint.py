@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import micro_values
 
-from gradientspace import pass_checkpoint
+from gradientspace import online_pass, pass_checkpoint
 from gradientspace.assignments import Assignments
 from gradientspace.clustering import OnlineSVDClusterer
 from gradientspace.config import GradientSpaceConfig
@@ -30,15 +30,15 @@ def test_a_killed_pass_goes_on_to_the_same_bytes(
     values["gradients"] = {"max_tokens_per_batch": 512}
     config = GradientSpaceConfig.from_dict(values)
     expected = run(GradientSpaceConfig.from_dict(values | {"name": "whole"}), until="cluster")
-    real, calls = OnlineSVDClusterer.partial_fit, []
+    real, calls = online_pass._assign_and_push, []
 
-    def partial_fit(self, batch, y=None):
-        calls.append(len(batch))
+    def assign_and_push(state, round, part, projected):
+        calls.append(sum(len(round.held[i].indices) for i in part))
         if len(calls) == 4:
             raise Killed
-        return real(self, batch)
+        return real(state, round, part, projected)
 
-    monkeypatch.setattr(OnlineSVDClusterer, "partial_fit", partial_fit)
+    monkeypatch.setattr(online_pass, "_assign_and_push", assign_and_push)
     with pytest.raises(Killed):
         run(config, until="cluster")
     (snapshot,) = (config.run_folder / "clustering.partial/checkpoints").iterdir()
@@ -57,7 +57,7 @@ def test_a_snapshot_of_another_pass_is_ignored(tmp_path: Path) -> None:
     table = Assignments.empty([], 19)
     cpu, kept = torch.device("cpu"), tmp_path / "kept"
     kept.write_text("made before the pass")
-    PassCheckpoint(tmp_path / "pass", "these weights", keep=kept, interval=0.0).offer(clusterer, table, 3)
+    PassCheckpoint(tmp_path / "pass", "these weights", keep=kept, interval=0.0).write(clusterer, table, 3)
     kept.unlink()
     assert PassCheckpoint(tmp_path / "pass", "other weights", keep=kept).load(cpu) is None
     loaded = PassCheckpoint(tmp_path / "pass", "these weights", keep=kept).load(cpu)
@@ -69,8 +69,8 @@ def test_a_snapshot_of_another_pass_is_ignored(tmp_path: Path) -> None:
 
 def test_snapshots_wait_for_their_turn(tmp_path: Path) -> None:
     waiting = PassCheckpoint(tmp_path / "pass", "weights", keep=tmp_path, interval=1000.0)
-    waiting.offer(OnlineSVDClusterer(2, 0).initialize(torch.randn(20, 30)), Assignments.empty([], 19), 3)
-    assert not (tmp_path / "pass").exists()
+    assert not waiting.due()
+    assert PassCheckpoint(tmp_path / "pass", "weights", keep=tmp_path, interval=0.0).due()
 
 
 def test_projected_rows_are_kept_with_a_snapshot(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_projected_rows_are_kept_with_a_snapshot(tmp_path: Path) -> None:
     first, second = (
         PassCheckpoint(tmp_path / "pass", "w", keep=tmp_path / "kept", projected=each, interval=0.0) for each in rows
     )
-    first.offer(clusterer, table, 1)
+    first.write(clusterer, table, 1)
     assert second.load(torch.device("cpu")) is not None
     assert (rows[1].rows == rows[0].rows).all()
     assert rows[1].rows.any()

@@ -17,8 +17,9 @@ from pathlib import Path
 from gradientspace import __version__, chat
 from gradientspace.config import GradientSpaceConfig, load_config
 from gradientspace.demo.skills import CONTROLS
-from gradientspace.errors import ConfigError, GradientSpaceError
+from gradientspace.errors import ConfigError, GradientSpaceError, LostRankError
 from gradientspace.export import ENGINES
+from gradientspace.ranks import ranks
 from gradientspace.serving import command as serving
 
 _STEPS = {
@@ -42,8 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        with _terminable():
+        here = ranks()
+        if here.rank > 0:
+            from gradientspace.distributed import serve
+
+            return serve()
+        with _terminable(), here.leading():
             return options.handler(options, rest) or 0
+    except LostRankError as error:
+        if not error.told:
+            print(f"gradientspace: error: {error}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)  # an orderly end might wait for messages that nobody will take any more
     except GradientSpaceError as error:
         if options.debug:
             traceback.print_exc()

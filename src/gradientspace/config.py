@@ -179,6 +179,9 @@ class ClusteringConfig:
     running mean of all its samples."""
     center: bool = True
     """Subtract the validation mean of unit gradients before clustering."""
+    sync_every: int = 0
+    """Samples that are assigned under the same centroids before these move (whole batches); 0: one batch. With many
+    processes a larger number exchanges centroids less often; it, and not their number, decides the result."""
     n_init: int = 30
     """Restarts of spherical k-means."""
     ridge: float | Literal["auto"] = 1.0
@@ -394,6 +397,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "clustering.cache_size": (1, 100_000),
     "clustering.momentum": (0, 1),
     "clustering.n_init": (1, 10_000),
+    "clustering.sync_every": (0, 1_000_000_000),
     "clustering.ridge": (0, _INF),
     "clustering.min_cluster_size": (1, 1_000_000_000),
     "clustering.memory_budget_gib": (0.001, 1_000_000),

@@ -1,6 +1,7 @@
 """Every error that GradientSpace raises on purpose.
 
     GradientSpaceError            anything below; exit code 1
+    ├── LostRankError             another process of the same run has ended
     └── InputError                what the user gave is wrong; exit code 2
         ├── ConfigError           a config key, value or combination
         ├── DataError             a data file or one of its rows
@@ -16,6 +17,17 @@ class GradientSpaceError(Exception):
     """Base of all our errors. `exit_code` is what the command line returns for it."""
 
     exit_code = 1
+
+
+class LostRankError(GradientSpaceError):
+    """Another process of the same run has ended; started again, the run goes on from what is finished.
+
+    `told`: a third process has said so already, and one line is enough.
+    """
+
+    def __init__(self, message: str, told: bool = False) -> None:
+        super().__init__(message)
+        self.told = told
 
 
 class InputError(GradientSpaceError):

@@ -7,10 +7,11 @@ so that every compared method trains and routes through the same code.
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -32,9 +33,11 @@ from gradientspace.evaluation import variance_shares
 from gradientspace.gradients import GradientBatch, PerSampleGradients
 from gradientspace.gradients.engine import GRADIENT_BYTES
 from gradientspace.gradients.store import fingerprint
+from gradientspace.online_pass import gather, learn
 from gradientspace.pass_checkpoint import PassCheckpoint
 from gradientspace.progress import Progress, say
 from gradientspace.projection import ProjectedRows
+from gradientspace.ranks import ranks
 from gradientspace.routable import RoutableMap
 from gradientspace.run_folder import CHECKPOINTS, write_json
 
@@ -98,6 +101,13 @@ def held_out(data: Dataset) -> list[Sample]:
     return [*data.dev_a, *data.dev_b, *data.test]
 
 
+Split: TypeAlias = Literal["validation", "fit", "held_out"]
+
+
+def samples_of(data: Dataset, split: Split) -> Sequence[Sample]:
+    return held_out(data) if split == "held_out" else getattr(data, split)
+
+
 def gradient_groups(
     model: PeftModel, data: Dataset, config: GradientSpaceConfig, encoder: Encoder, folder: Path
 ) -> Groups:
@@ -116,8 +126,9 @@ def gradient_groups(
         else:
             _merge_small(clusterer, fit, options.min_cluster_size)
         if options.settle == "exact":
-            fit, _ = _judge(engine, clusterer, data.fit, config)
-        judged, variance = _judge(engine, clusterer, held_out(data), config)
+            fit, _ = _judge(engine, clusterer, data, "fit", config)
+        judged, variance = _judge(engine, clusterer, data, "held_out", config)
+        ranks().broadcast(None)
     if options.settle == "coordinates":
         _settle(clusterer, fit, judged)
     fit.online_cluster = online
@@ -152,13 +163,19 @@ def _online_pass(
     else:
         clusterer, behind = new_clusterer(config.clustering, config.seed), 0
         plan = _plan(clusterer, config, engine.dim)
-        validation = _validation_gradients(engine, data.validation, config, plan)
+        validation = _validation_gradients(engine, data, config, plan)
         write_gram(checkpoint.keep, [s.id for s in data.validation], unit_gram(validation))
         clusterer.initialize(validation)
         del validation
         _announce(clusterer)
         table = Assignments.empty(data.fit, len(clusterer.components_))
-    _learn(engine, clusterer, table, data.fit, config, checkpoint, behind)
+    if ranks().size > 1:
+        checkpoint.write(clusterer, table, behind)  # where the other processes take the clusterer from
+    ranks().broadcast(("learn", behind, str(checkpoint.folder)))
+    learn(
+        engine, clusterer, data.fit, config, behind=behind, projected=checkpoint.projected, table=table,
+        checkpoint=checkpoint,
+    )  # fmt: skip
     return clusterer, table
 
 
@@ -189,14 +206,15 @@ def _plan(clusterer: OnlineSVDClusterer, config: GradientSpaceConfig, dim: int) 
 
 
 def _validation_gradients(
-    engine: PerSampleGradients, samples: Sequence[Sample], config: GradientSpaceConfig, plan: MemoryPlan
+    engine: PerSampleGradients, data: Dataset, config: GradientSpaceConfig, plan: MemoryPlan
 ) -> torch.Tensor | RowSource:
     """The matrix G of raw gradients, (M, D) float32, or where it does not fit what makes its rows again."""
+    samples = data.validation
     say(f"  gradients have D = {engine.dim:,} numbers; {len(samples)} of them find K and the subspace")
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         with Progress("validation gradients", len(samples), "sample") as progress:
-            for batch in _batches(engine, samples, config):
+            for batch in _batches(engine, data, "validation", config):
                 yield batch.indices, batch.gradients
                 progress.advance(len(batch.indices))
 
@@ -231,44 +249,23 @@ def _spectrum(clusterer: OnlineSVDClusterer) -> dict[str, Any]:
     }
 
 
-def _learn(
-    engine: PerSampleGradients,
-    clusterer: OnlineSVDClusterer,
-    table: Assignments,
-    samples: Sequence[Sample],
-    config: GradientSpaceConfig,
-    checkpoint: PassCheckpoint,
-    behind: int,
-) -> None:
-    """The one online pass over `fit`: assign every sample, then let the centroids follow.
-
-    The checkpoint's projected rows take over the same gradients, so that baselines which project need no pass.
-    """
-    with Progress("gradients", len(samples) - int((table.norm > 0).sum()), "sample") as progress:
-        for number, batch in enumerate(_batches(engine, samples, config, skip=behind), start=behind + 1):
-            table.fill(batch, clusterer.partial_fit(batch.gradients).assignment_)
-            if checkpoint.projected:
-                checkpoint.projected.add(batch.indices, batch.gradients)
-            checkpoint.offer(clusterer, table, number)
-            progress.advance(len(batch.indices))
-    clusterer.finalize()
-
-
 def _judge(
     engine: PerSampleGradients,
     clusterer: OnlineSVDClusterer,
-    samples: Sequence[Sample],
+    data: Dataset,
+    split: Split,
     config: GradientSpaceConfig,
 ) -> tuple[Assignments, dict[str, float]]:
-    """Clusters of held-out samples, and how much of their gradients' variance lies between the clusters.
+    """Clusters of the samples of a split, and how much of their gradients' variance lies between the clusters.
 
     The variance uses uncentred unit gradients that took no part in clustering, with float64 sums.
     """
+    samples = samples_of(data, split)
     table = Assignments.empty(samples, len(clusterer.components_))
     sums = torch.zeros(clusterer.n_clusters_, engine.dim, dtype=torch.float64, device=engine.device)
     counts = torch.zeros(clusterer.n_clusters_, dtype=torch.float64)
     with Progress("held-out gradients", len(samples), "sample") as progress:
-        for batch in _batches(engine, samples, config):
+        for batch in _batches(engine, data, split, config):
             assignment = clusterer.assign(batch.gradients)
             table.fill(batch, assignment)
             labels = torch.as_tensor(assignment.labels)
@@ -336,10 +333,25 @@ def _array(values: Rows) -> np.ndarray:
 
 
 def _batches(
-    engine: PerSampleGradients, samples: Sequence[Sample], config: GradientSpaceConfig, skip: int = 0
+    engine: PerSampleGradients, data: Dataset, split: Split, config: GradientSpaceConfig
 ) -> Iterator[GradientBatch]:
-    # Padding needs no id of its own: the engine masks it.
-    return engine.stream(samples, max_tokens=config.gradients.max_tokens_per_batch, seed=config.seed, skip=skip)
+    """Gradients of a split, which every process of the run computes its share of."""
+    ranks().broadcast(("gather", split))
+    return gather(engine, samples_of(data, split), config)
+
+
+def help_with_groups(model: PeftModel, data: Dataset, config: GradientSpaceConfig) -> None:
+    """What every process but the first does while that one is in `gradient_groups`: its share of each pass."""
+    width = config.gradients.projection_dim
+    with PerSampleGradients(model) as engine:
+        while (request := ranks().broadcast(None)) is not None:
+            if request[0] == "gather":
+                deque(gather(engine, samples_of(data, request[1]), config), maxlen=0)
+                continue
+            _, behind, folder = request
+            projected = ProjectedRows(0, engine.dim, width, config.seed) if width else None
+            clusterer = OnlineSVDClusterer.load(folder, str(engine.device))
+            learn(engine, clusterer, data.fit, config, behind=behind, projected=projected)
 
 
 def embedding_groups(data: Dataset, n_clusters: int, encoder: Encoder, seed: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from gradientspace.encoder import Encoder
 from gradientspace.errors import ConfigError, RunFolderError
 from gradientspace.grouping import Groups
 from gradientspace.models import load_base, load_tokenizer, lora, padding_id, save_adapter, save_tokenizer
+from gradientspace.ranks import ranks
 from gradientspace.run_folder import CHECKPOINTS, Run, digest, write_json
 from gradientspace.training import train_adapter
 
@@ -114,9 +115,16 @@ class Job:
         return self.run.stage(name, make, inputs=inputs, resumable=True)
 
     def train_experts(self, prefix: str, groups: Groups, *, inputs: tuple[str, ...]) -> list[Path]:
-        """Stages `prefix/0`, `prefix/1`, …: one expert a group, all from the same start, for the rest of the budget."""
+        """Stages `prefix/0`, `prefix/1`, …: one expert a group, all from the same start, for the rest of the budget.
+
+        Every process of the run takes the next one when it is free, the largest first, and trains it alone.
+        """
+        here = ranks()
+        here.order("experts", self.run, prefix=prefix, groups=groups, inputs=inputs)
         dev_clusters = groups.held_out[: len(self.data.dev_a)]
-        return [
+        turns = sorted(range(groups.n_clusters), key=lambda k: -groups.sizes[k] if here.size > 1 else k)
+        for turn in here.queue(groups.n_clusters):
+            k = turns[turn]
             self.train(
                 f"{prefix}/{k}",
                 lambda k=k: groups.members(self.data.fit)[k],
@@ -126,8 +134,11 @@ class Job:
                 held_out=lambda k=k: [s for s, c in zip(self.data.dev_a, dev_clusters, strict=True) if c == k],
                 served=prefix == "experts",
             )
-            for k in range(groups.n_clusters)
-        ]
+        here.meet()
+        names = [f"{prefix}/{k}" for k in range(groups.n_clusters)]
+        if here.rank == 0:
+            self.run.arrange(names)
+        return [self.run.path / name for name in names]
 
     @property
     def shared_epochs(self) -> float:

@@ -62,11 +62,13 @@ class PassCheckpoint:
         table = Assignments.read(newest / "assignments.parquet")
         return OnlineSVDClusterer.load(newest, str(device)), table, record["batches"]
 
-    def offer(self, clusterer: OnlineSVDClusterer, table: Assignments, batches: int) -> None:
-        """Write a snapshot if one is due. It is complete or not there at any instant."""
+    def due(self) -> bool:
+        """Whether it is time for the next snapshot."""
+        return time.monotonic() - self._last >= self.interval
+
+    def write(self, clusterer: OnlineSVDClusterer, table: Assignments, batches: int) -> None:
+        """Write a snapshot. It is complete or not there at any instant."""
         start = time.monotonic()
-        if start - self._last < self.interval:
-            return
         snapshot = self.folder / f"{_PREFIX}{batches}"
         partial = snapshot.with_suffix(".partial")
         for stale in (partial, snapshot):

@@ -17,6 +17,7 @@ from gradientspace.grouping import Groups, gradient_groups
 from gradientspace.job import Job
 from gradientspace.models import lora
 from gradientspace.progress import begin_step
+from gradientspace.ranks import ranks
 from gradientspace.report import write_report
 from gradientspace.routable import RoutableMap
 from gradientspace.router import RidgeHead, Router
@@ -75,6 +76,7 @@ def make_groups(job: Job, folder: Path) -> Groups:
     if options.method != "gradient":
         assert isinstance(options.n_clusters, int)  # the config refuses "auto" here
         return make_baseline_groups(job, options.method, options.n_clusters)
+    ranks().order("cluster", job.run)
     with lora(job.base, job.config.lora, start=job.run.path / "warmup", seed=job.config.seed) as model:
         return gradient_groups(model, job.data, job.config, job.encoder, folder)
 

@@ -14,6 +14,13 @@ PLAIN_INTERVAL = 10.0
 
 _heading: list[str] = []
 """The step that has begun but said nothing yet."""
+_silent = False
+
+
+def silence() -> None:
+    """Say nothing more: another process of the same run speaks for all."""
+    global _silent
+    _silent = True
 
 
 def begin_step(number: int, names: Sequence[str]) -> None:
@@ -27,7 +34,7 @@ def begin_step(number: int, names: Sequence[str]) -> None:
 
 def say(message: str) -> None:
     """One line on stderr, which keeps stdout for results."""
-    for line in (*_heading, message):
+    for line in () if _silent else (*_heading, message):
         print(line, file=sys.stderr, flush=True)
     _heading.clear()
 
@@ -40,7 +47,7 @@ class Progress:
         self.done = 0.0
         self._start = self._last = time.monotonic()
         self._bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not _silent:
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, desc=label, unit=unit, leave=False, dynamic_ncols=True)

@@ -61,7 +61,15 @@ class ProjectedRows:
 
     def add(self, indices: Tensor, gradients: Tensor) -> None:
         """Take over a batch: sample numbers (b,) and their gradients (b, D)."""
-        self.rows[indices.numpy()] = unit(self.project(gradients).cpu().numpy())
+        self.put(indices, self.rows_of(gradients))
+
+    def rows_of(self, gradients: Tensor) -> np.ndarray:
+        """The unit projections (b, width) of gradients (b, D), as they are kept."""
+        return unit(self.project(gradients).cpu().numpy()).astype(np.float16)
+
+    def put(self, indices: Tensor, rows: np.ndarray) -> None:
+        """Take over projections (b, width) that `rows_of` made, maybe in another process."""
+        self.rows[indices.numpy()] = rows
 
     def save(self, path: Path) -> None:
         save_file({ROWS: self.rows}, path)

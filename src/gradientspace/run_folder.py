@@ -256,12 +256,33 @@ class Run:
         return manifest
 
     def _record(self, name: str, entry: dict[str, Any]) -> None:
-        manifest = self.manifest()
-        manifest["stages"][name] = entry
-        write_json(self.path / "manifest.json", manifest)
+        with self._recording():
+            manifest = self.manifest()
+            manifest["stages"][name] = entry
+            write_json(self.path / "manifest.json", manifest)
 
     def _record_cost(self, name: str, cost: dict[str, Any]) -> None:
-        write_json(self.path / "stages.json", {**self.costs(), name: cost})
+        with self._recording():
+            write_json(self.path / "stages.json", {**self.costs(), name: cost})
+
+    def arrange(self, names: Sequence[str]) -> None:
+        """Put finished stages into this order in the manifest, whichever of several processes was first."""
+        manifest = self.manifest()
+        kept = manifest["stages"]
+        if [name for name in kept if name in names] != list(names):
+            manifest["stages"] = {name: kept[name] for name in kept if name not in names}
+            manifest["stages"] |= {name: kept[name] for name in names}
+            write_json(self.path / "manifest.json", manifest)
+
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[None]:
+        """The processes of one run enter their stages one after another."""
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
 
     def costs(self) -> dict[str, dict[str, Any]]:
         """Seconds and peak memory of every stage that was made; of none where the file is damaged."""

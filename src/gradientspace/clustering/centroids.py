@@ -1,6 +1,7 @@
 """The moving part of the clusterer: centroids, basis and mean in one matrix, and the caches that move
 centroids."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -35,7 +36,7 @@ class Centroids:
     `matrix` (K + q + 1, D) holds centroids, basis and mean, so that everything a batch needs is one matrix
     product. `caches` (K, n, D) hold unit rows ("svd"), or (K, D) their sums ("mean", "running"); `filled`
     (K,) rows in each. `strengths` (K,) is the length of the sum behind each centroid, which only "running"
-    uses. `counts` (K,) rows streamed.
+    uses. `counts` (K,) rows streamed. `moved` holds the centroids that moved since the last `sync`.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Centroids:
         self.filled = torch.zeros(self.n_clusters, dtype=torch.int64)
         self.counts = torch.zeros(self.n_clusters, dtype=torch.int64)
         self.strengths = strengths.double().cpu()
+        self.moved: dict[int, Tensor] = {}
 
     @cached_property
     def caches(self) -> Tensor:
@@ -111,44 +113,56 @@ class Centroids:
         return values / torch.where(length > 0, length, torch.ones_like(length))[:, None], length
 
     def push(self, batch: Projection, labels: Tensor) -> None:
-        """Put the batch's unit rows into the caches of their clusters; every full cache moves its
-        centroid."""
+        """Put the batch's unit rows into the caches of their clusters; every full cache moves its centroid, from the
+        next `sync` on."""
         labels = labels.cpu()  # so that a GPU is waited for once, not once a cluster
         for cluster in range(self.n_clusters):
             index = (labels == cluster).nonzero().squeeze(1)
-            self.counts[cluster] += len(index)
-            while len(index):
-                fill = int(self.filled[cluster])
-                room = len(index) if self.update == "running" else self.cache_size - fill
-                self._store(cluster, fill, batch, index[:room])
-                index = index[room:]
-                if self.filled[cluster] == self.cache_size and self.update != "running":
-                    self._empty(cluster, self.momentum)
-        if self.update == "running":
-            self.flush()
+            if len(index):
+                self.take(cluster, self.unit_rows(batch, index))
 
-    def flush(self) -> None:
-        """Use the caches that hold n' of n rows, with weight m n' / n."""
-        for cluster in range(self.n_clusters):
-            if fill := int(self.filled[cluster]):
-                self._empty(cluster, self.momentum * fill / self.cache_size)
-
-    def _store(self, cluster: int, fill: int, batch: Projection, index: Tensor) -> None:
+    def unit_rows(self, batch: Projection, index: Tensor) -> Tensor:
+        """The (centred) unit rows of a projected batch at `index`, as a cache takes them: (len(index), D)."""
         unit = batch.rows[index]
         unit *= batch.scale[index, None]
         if self.centred:
             unit -= self.mean
             unit /= batch.length[index, None]
-        if self.update == "svd":
-            self.caches[cluster, fill : fill + len(index)] = unit.to(self.caches.dtype)
-        else:
-            self.caches[cluster] += unit.sum(dim=0)
-        self.filled[cluster] += len(index)
+        return unit.to(self.caches.dtype)
+
+    def take(self, cluster: int, units: Tensor) -> None:
+        """Put unit rows (b, D) into the cache of one cluster, in their order."""
+        self.counts[cluster] += len(units)
+        while len(units):
+            fill = int(self.filled[cluster])
+            room = len(units) if self.update == "running" else self.cache_size - fill
+            if self.update == "svd":
+                self.caches[cluster, fill : fill + len(units[:room])] = units[:room]
+            else:
+                self.caches[cluster] += units[:room].sum(dim=0)
+            self.filled[cluster] += len(units[:room])
+            units = units[room:]
+            if self.filled[cluster] == self.cache_size and self.update != "running":
+                self._empty(cluster, self.momentum)
+
+    def flush(self, clusters: Iterable[int] | None = None) -> None:
+        """Use the caches, all or those of `clusters`, that hold n' of n rows, with weight m n' / n."""
+        for cluster in range(self.n_clusters) if clusters is None else clusters:
+            if fill := int(self.filled[cluster]):
+                self._empty(cluster, self.momentum * fill / self.cache_size)
+
+    def sync(self) -> None:
+        """Let the moves since the last `sync` count: until then `project` sees the centroids as they were."""
+        if self.update == "running":
+            self.flush()
+        for cluster, centre in self.moved.items():
+            self.matrix[cluster] = centre
+        self.moved.clear()
 
     def _empty(self, cluster: int, weight: float) -> None:
         fill, self.filled[cluster] = int(self.filled[cluster]), 0
         if self.update == "svd":
-            direction = dominant_direction(self.caches[cluster, :fill], self.centres[cluster])
+            direction = dominant_direction(self.caches[cluster, :fill], self._newest(cluster))
             self._move(cluster, direction, 1.0 - weight, weight)
             return
         total = self.caches[cluster].clone()
@@ -161,12 +175,15 @@ class Centroids:
             self._move(cluster, total / length, 1.0 - weight, weight)
 
     def _move(self, cluster: int, direction: Tensor, keep: float, weight: float) -> None:
-        moved = keep * self.centres[cluster] + weight * direction
+        moved = keep * self._newest(cluster) + weight * direction
         length = float(torch.linalg.vector_norm(moved))
         # Two opposite vectors of equal weight leave no direction: the centroid stays.
         if length > no_direction_below(moved.dtype):
-            self.matrix[cluster] = moved / length
+            self.moved[cluster] = moved / length
             self.strengths[cluster] = length
+
+    def _newest(self, cluster: int) -> Tensor:
+        return self.moved.get(cluster, self.centres[cluster])
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that `restore` needs; of the caches only the rows that are filled."""

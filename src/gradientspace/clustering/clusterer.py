@@ -150,6 +150,7 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         batch = self._state.project(rows)
         labels, assignment = self._assignment(batch, isinstance(X, Tensor))
         self._state.push(batch, labels)
+        self._state.sync()
         self.assignment_, self.labels_ = assignment, assignment.labels
         return self
 
@@ -157,6 +158,7 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         """End of the stream: a partial cache of n' of n rows moves its centroid with weight m n' / n."""
         check_is_fitted(self, "_state")
         self._state.flush()
+        self._state.sync()
         return self
 
     def fit(self, X: Rows | Iterable[Rows], y=None) -> "OnlineSVDClusterer":
@@ -189,7 +191,7 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
 
         Basis and mean stay; caches and counts start empty.
         """
-        state = self._fitted_state()
+        state = self.state
         centres = torch.as_tensor(centers).to(state.centres)
         if centres.ndim != 2 or centres.shape[1] != state.centres.shape[1]:
             raise RowsError(f"centroids are {tuple(centres.shape)}, expected (K, {state.centres.shape[1]})")
@@ -248,35 +250,41 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         return tags
 
     @property
+    def state(self) -> Centroids:
+        """Centroids, basis and caches, for a pass that takes the steps of `partial_fit` one by one."""
+        check_is_fitted(self, "_state")
+        return self._state
+
+    @property
     def cluster_centers_(self) -> Rows:
         """(K, D) unit centroids, in the space of the (centred) unit rows."""
-        return self._out(self._fitted_state().centres, self._torch_out)
+        return self._out(self.state.centres, self._torch_out)
 
     @property
     def components_(self) -> Rows:
         """V (q, D), orthonormal rows."""
-        return self._out(self._fitted_state().components, self._torch_out)
+        return self._out(self.state.components, self._torch_out)
 
     @property
     def mean_(self) -> Rows:
         """(D,) mean of the validation sample's unit rows; zeros when not centred."""
-        return self._out(self._fitted_state().mean, self._torch_out)
+        return self._out(self.state.mean, self._torch_out)
 
     @property
     def counts_(self) -> Rows:
         """(K,) rows streamed into each cluster."""
-        return self._out(self._fitted_state().counts, self._torch_out)
+        return self._out(self.state.counts, self._torch_out)
 
     @property
     def singular_values_(self) -> Rows:
         """(r,) of the validation sample's (centred) unit rows, descending."""
-        self._fitted_state()
+        check_is_fitted(self, "_state")
         return self._out(self._singular_values, self._torch_out)
 
     @property
     def explained_energy_(self) -> Rows:
         """(r,) share of the validation sample's energy in the leading directions, cumulative."""
-        self._fitted_state()
+        check_is_fitted(self, "_state")
         return self._out(self._explained_energy, self._torch_out)
 
     def _fit_array(self, X: Rows) -> "OnlineSVDClusterer":
@@ -361,10 +369,6 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
     def _assignment(self, batch: Projection, as_torch: bool) -> tuple[Tensor, Assignment]:
         parts = nearest_centroid(batch)
         return parts[0], Assignment(*(self._out(part, as_torch) for part in parts))
-
-    def _fitted_state(self) -> Centroids:
-        check_is_fitted(self, "_state")
-        return self._state
 
     def _rows(self, X: Rows, *, reset: bool = False) -> Tensor:
         """X as a 2-dimensional floating tensor, on its own device or, for NumPy input, the clusterer's."""

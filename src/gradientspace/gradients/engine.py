@@ -195,34 +195,51 @@ class PerSampleGradients:
         pad_token_id: int = 0,
         shuffle: bool = True,
         store: str | Path | None = None,
-        skip: int = 0,
     ) -> Iterator[GradientBatch]:
         """Yield the gradients of all samples, batch by batch; memory does not grow with their number.
 
-        Batches hold samples of similar length, at most `max_tokens` tokens with padding; their order is
-        shuffled by `seed` (see `plan_batches`) and repeats exactly for equal arguments. A sample whose loss
-        or gradient is not finite is left out of its batch, logged by row and listed in `excluded`.
+        The batches are those of `plan`, in its order. A sample whose loss or gradient is not finite is left out
+        of its batch, logged by row and listed in `excluded`.
 
         With `store`, a file of N x D float32 numbers, every row is also kept there; a later call with the
-        same samples and weights yields the same batches and computes only what is missing. The first `skip`
-        batches are left out, for a pass that goes on.
+        same samples and weights yields the same batches and computes only what is missing.
+        """
+        kept = None if store is None else GradientStore.open(store, self, samples)
+        for indices in self.plan(samples, max_tokens=max_tokens, seed=seed, shuffle=shuffle):
+            batch = self.batch(samples, indices, pad_token_id=pad_token_id, store=kept)
+            if len(batch.indices):
+                yield batch
+
+    def plan(
+        self, samples: Sequence[TokenisedSample], *, max_tokens: int = 4096, seed: int = 0, shuffle: bool = True
+    ) -> list[list[int]]:
+        """The batches of a stream, as positions in `samples`; a new stream, so `excluded` is empty again.
+
+        Batches hold samples of similar length, at most `max_tokens` tokens with padding; their order is
+        shuffled by `seed` (see `plan_batches`) and repeats exactly for equal arguments.
         """
         check_samples(samples)
         self.excluded = []
         lengths = [len(sample.input_ids) for sample in samples]
         limit = max(1, GRADIENT_BYTES // (4 * self.dim))
-        plan = plan_batches(lengths, max_tokens=max_tokens, max_samples=limit, seed=seed, shuffle=shuffle)
-        kept = None if store is None else GradientStore.open(store, self, samples)
-        for indices in plan[skip:]:
-            batch = kept.read(indices) if kept is not None else None
-            if batch is None:
-                gradients = self.compute(collate([samples[i] for i in indices], pad_token_id))
-                batch = GradientBatch(torch.tensor(indices), gradients, self.losses, self.norms)
-                if kept is not None:
-                    kept.write(batch)
-            batch = self._only_finite(batch, samples)
-            if len(batch.indices):
-                yield batch
+        return plan_batches(lengths, max_tokens=max_tokens, max_samples=limit, seed=seed, shuffle=shuffle)
+
+    def batch(
+        self,
+        samples: Sequence[TokenisedSample],
+        indices: list[int],
+        *,
+        pad_token_id: int = 0,
+        store: GradientStore | None = None,
+    ) -> GradientBatch:
+        """One batch of the plan: gradients of the samples at `indices`, of those that have finite ones."""
+        batch = store.read(indices) if store is not None else None
+        if batch is None:
+            gradients = self.compute(collate([samples[i] for i in indices], pad_token_id))
+            batch = GradientBatch(torch.tensor(indices), gradients, self.losses, self.norms)
+            if store is not None:
+                store.write(batch)
+        return self._only_finite(batch, samples)
 
     def explain(self) -> str:
         """What the engine does with this model, and why, in a few lines."""
