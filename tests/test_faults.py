@@ -75,7 +75,7 @@ def test_damage_to_any_file_of_any_stage_is_named(finished_run: Run, tmp_path: P
 @pytest.mark.parametrize(
     ("file", "words"),
     [
-        ("router/router.safetensors", ["route", "RUN", "a prompt"]),
+        ("router/head.safetensors", ["route", "RUN", "a prompt"]),
         ("experts/1/adapter_model.safetensors", ["generate", "RUN", "a prompt"]),
         ("experts/1/adapter_config.json", ["export", "RUN", "--engine", "vllm"]),
         ("evaluation/results.json", ["report", "RUN"]),
@@ -409,24 +409,23 @@ def test_a_damaged_snapshot_of_the_pass_is_named_and_not_used(
     finished_run: Run, micro_model: Path, micro_mix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     from gradientspace import pass_checkpoint
-    from gradientspace.clustering import OnlineSVDClusterer
     from gradientspace.pipeline import run
 
     monkeypatch.setattr(pass_checkpoint, "INTERVAL", 0.0)
     monkeypatch.setattr(pass_checkpoint, "LARGEST_SHARE", 1e9)
     values = micro_values(micro_model, micro_mix, tmp_path)
-    learn = OnlineSVDClusterer.partial_fit
+    due = pass_checkpoint.PassCheckpoint.due
 
-    def interrupted(self, batch, y=None):
-        if (tmp_path / "micro/clustering.partial/checkpoints/pass-1").is_dir():
+    def interrupted(self):
+        if self.newest is not None:
             raise KeyboardInterrupt
-        return learn(self, batch)
+        return due(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(OnlineSVDClusterer, "partial_fit", interrupted)
+        patch.setattr(pass_checkpoint.PassCheckpoint, "due", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(GradientSpaceConfig.from_dict(values), until="cluster")
-    flip(tmp_path / "micro/clustering.partial/checkpoints/pass-1/clusterer.safetensors")
+    flip(next((tmp_path / "micro/clustering.partial/checkpoints").glob("pass-*/clusterer.safetensors")))
     found = run(GradientSpaceConfig.from_dict(values), until="cluster")
     assert "the snapshot of the online pass is damaged" in capsys.readouterr().err
     assert hashes(found.path / "clustering") == hashes(finished_run.path / "clustering")

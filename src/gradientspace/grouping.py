@@ -171,7 +171,7 @@ def _online_pass(
         table = Assignments.empty(data.fit, len(clusterer.components_))
     if ranks().size > 1:
         checkpoint.write(clusterer, table, behind)  # where the other processes take the clusterer from
-    ranks().broadcast(("learn", behind, str(checkpoint.folder)))
+    ranks().broadcast(("learn", behind, str(checkpoint.newest)))
     learn(
         engine, clusterer, data.fit, config, behind=behind, projected=checkpoint.projected, table=table,
         checkpoint=checkpoint,

@@ -44,12 +44,17 @@ class PassCheckpoint:
         self.interval = INTERVAL if interval is None else interval
         self._last = time.monotonic()
 
+    @property
+    def newest(self) -> Path | None:
+        """Folder of the newest snapshot, which holds the clusterer's own files too."""
+        snapshots = {int(p.name.removeprefix(_PREFIX)): p for p in self.folder.glob(f"{_PREFIX}*") if not p.suffix}
+        return snapshots[max(snapshots)] if snapshots else None
+
     def load(self, device: torch.device) -> tuple[OnlineSVDClusterer, Assignments, int] | None:
         """Clusterer, assignments so far, and the number of batches behind them; None where there is no snapshot."""
-        snapshots = {int(p.name.removeprefix(_PREFIX)): p for p in self.folder.glob(f"{_PREFIX}*") if not p.suffix}
-        if not snapshots:
+        newest = self.newest
+        if newest is None:
             return None
-        newest = snapshots[max(snapshots)]
         if not is_sealed(newest):
             say("  the snapshot of the online pass is damaged (its hash differs); the pass starts anew")
             return None
