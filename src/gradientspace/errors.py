@@ -9,14 +9,26 @@
         ├── RunFolderError        a run folder: missing, of another config, damaged, not writable
         └── UnsureError           a prompt that the router may not place, by the run's own choice
 
-A message is one line and says the value, the limit and the fix.
+A message is one line and says the value, the limit and the fix. It often quotes what was given, and that may hold line
+breaks, terminal escapes or a megabyte: such characters are spelt out, and the middle of a very long message is cut.
 """
+
+from gradientspace.plain_text import one_line
+
+_LONGEST = 900
+"""Characters of a message; the fix stands at the end and is kept."""
 
 
 class GradientSpaceError(Exception):
     """Base of all our errors. `exit_code` is what the command line returns for it."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) > _LONGEST:
+            text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 3 :]}"
+        return one_line(text)
 
 
 class LostRankError(GradientSpaceError):

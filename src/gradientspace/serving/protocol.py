@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Kind = Literal["chat", "completion"]
 
+_MOST_ROWS = 1024
+"""Answers of one request. A body of a megabyte could otherwise ask for millions."""
 _OBJECTS = {"chat": "chat.completion", "completion": "text_completion"}
 
 
@@ -39,9 +41,9 @@ class _Body(BaseModel):
     model: str = "auto"
     temperature: float = Field(1.0, ge=0, le=100)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1)
+    top_k: int = Field(0, ge=-1, le=2**31 - 1)
     n: int = Field(1, ge=1, le=16)
-    seed: int | None = None
+    seed: int | None = Field(None, ge=-(2**62), le=2**62)
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -94,11 +96,17 @@ class CompletionBody(_Body):
 def parse(kind: Kind, body: Any) -> ChatBody | CompletionBody:
     """A checked request. Raises `ApiError` 400 that names the field."""
     try:
-        return (ChatBody if kind == "chat" else CompletionBody).model_validate(body)
+        parsed = (ChatBody if kind == "chat" else CompletionBody).model_validate(body)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"] if not isinstance(part, int)) or "body"
         raise ApiError(400, f"{field}: {first['msg']}", param=field) from error
+    prompts = 1 if isinstance(parsed, ChatBody) else len(parsed.prompts)
+    if not 1 <= prompts * parsed.n <= _MOST_ROWS:
+        raise ApiError(
+            400, f"{prompts} prompts with n = {parsed.n}: a request asks for 1 to {_MOST_ROWS} answers", param="prompt"
+        )
+    return parsed
 
 
 # ------------------------------------------------------------------------ answers
