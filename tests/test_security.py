@@ -56,6 +56,8 @@ FORBIDDEN = {
     "os.popen",
 }
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+BETWEEN_RANKS = {("src/gradientspace/ranks.py", "pickle"), ("src/gradientspace/ranks.py", "pickle.loads")}
+"""Messages of one run's own processes to each other, never a file."""
 STARTS_PROGRAMS = {"subprocess", "multiprocessing", "pty", "concurrent.futures.process"}
 
 
@@ -95,8 +97,8 @@ def _is_false(node: ast.expr) -> bool:
 
 
 def test_no_source_loads_pickles_or_runs_text() -> None:
-    found = {str(path.relative_to(ROOT)): findings(path.read_text()) for path in SOURCES}
-    assert {path: lines for path, lines in found.items() if lines} == {}
+    found = {(str(p.relative_to(ROOT)), what.split(": ")[1]) for p in SOURCES for what in findings(p.read_text())}
+    assert found <= BETWEEN_RANKS, found - BETWEEN_RANKS
 
 
 @pytest.mark.parametrize(
@@ -349,3 +351,12 @@ def test_the_page_shows_the_committed_search(monkeypatch: pytest.MonkeyPatch) ->
     found, text = json.loads(page.RESULTS.read_text()), page.PAGE.read_text()
     assert page.filled(text, found) == text, "run python benchmarks/security_page.py"
     assert found["cases"] == sum(s["cases"] for s in found["surfaces"].values())
+
+
+def test_every_error_is_one_line_that_a_terminal_does_not_obey() -> None:
+    error = ConfigError("name is 'a\nb\r\x1b[2J\u2028\u202e" + "x" * 10_000 + "': choose another")
+    assert len(str(error)) < 1_100
+    assert len(str(error).splitlines()) == 1
+    assert not set("\x1b\u202e") & set(str(error))
+    assert str(error).startswith("name is 'a b [U+001B]")
+    assert str(error).endswith("choose another")

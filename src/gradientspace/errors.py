@@ -19,16 +19,20 @@ _LONGEST = 900
 """Characters of a message; the fix stands at the end and is kept."""
 
 
+def readable(message: str) -> str:
+    """One line of at most about `_LONGEST` characters, whatever the message quotes."""
+    if len(message) > _LONGEST:
+        message = f"{message[: _LONGEST // 2]} … {message[-_LONGEST // 3 :]}"
+    return one_line(message)
+
+
 class GradientSpaceError(Exception):
     """Base of all our errors. `exit_code` is what the command line returns for it."""
 
     exit_code = 1
 
     def __str__(self) -> str:
-        text = super().__str__()
-        if len(text) > _LONGEST:
-            text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 3 :]}"
-        return one_line(text)
+        return readable(super().__str__())
 
 
 class LostRankError(GradientSpaceError):

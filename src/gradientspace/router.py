@@ -260,6 +260,7 @@ class Router:
         require(limit is None or (type(limit) is int and limit >= 2), f"max_length {limit!r}")
         require(self.threshold is None or 0 <= self.threshold <= 1, f"threshold {self.threshold}")
         require(self.fallback in get_args(Fallback), f"fallback {self.fallback!r}")
+        assert isinstance(self.head_, LinearHead | RidgeHead)
         weights = self.head_.tensors().values()
         require(
             all(np.isfinite(w).all() and np.abs(w).max(initial=0) < 1e9 for w in weights), "a weight is out of range"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,10 @@ def tables(draw: st.DrawFn) -> list[Any]:
     return rows
 
 
+def encodable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
+
+
 def encoded(rows: list[Any], suffix: str, folder: Path) -> bytes:
     if suffix == ".json":
         return json.dumps(rows).encode()
@@ -114,7 +119,7 @@ def encoded(rows: list[Any], suffix: str, folder: Path) -> bytes:
     columns = list({column: None for row in flat for column in row})
     cells = [{c: row[c] if isinstance(row.get(c), str) else json.dumps(row.get(c)) for c in columns} for row in flat]
     if suffix == ".parquet":
-        cells = [{c: value.encode("utf-8", "replace").decode() for c, value in row.items()} for row in cells]
+        cells = [{encodable(c): encodable(value) for c, value in row.items()} for row in cells]
         pq.write_table(pa.Table.from_pylist(cells), folder / "made.parquet")
         return (folder / "made.parquet").read_bytes()
     separator = "," if suffix == ".csv" else "\t"
@@ -167,6 +172,7 @@ SOURCES = st.builds(
 )
 def test_any_file_is_a_data_set_or_one_line(
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     rows: Any,
     suffix: str,
     options: Any,
@@ -189,8 +195,8 @@ def test_any_file_is_a_data_set_or_one_line(
         "max_loss_fraction": 1.0,
         "system_prompt": system_prompt,
     }
-    # Streaming keeps texts in an unnamed temporary file.
-    with case("data-rows", folder, Path("/tmp") if streaming else folder):
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))  # streaming keeps texts in an unnamed temporary file
+    with case("data-rows", folder):
         config = GradientSpaceConfig.from_dict({"data": values}).data
         loaded = load(config, tokenizer, 0)
         kept = sum(len(getattr(loaded, part)) for part in ("fit", "dev_a", "dev_b", "test"))

@@ -282,6 +282,13 @@ def test_what_was_found_is_refused(asgi: Asgi, path: str, body: bytes) -> None:
     check_line(json.loads(answer)["error"]["message"])
 
 
+@pytest.mark.parametrize("name", ["x" * 3000, "a\nb", "\x1b[31mred", "\u202egnp"])
+def test_an_error_that_quotes_the_client_is_one_line(asgi: Asgi, name: str) -> None:
+    status, _, answer = asgi.ask("POST", b"/v1/completions", [], json.dumps({"prompt": "a", "model": name}).encode())
+    assert status == 404
+    check_line(json.loads(answer)["error"]["message"])
+
+
 def test_a_length_of_thousands_of_digits_is_too_large(asgi: Asgi) -> None:
     assert asgi.ask("POST", b"/v1/route", [(b"content-length", b"9" * 5000)], b"{}")[0] == 413
 

@@ -21,14 +21,18 @@ def check_parameters(clusterer) -> None:
         _check_whole("n_clusters", clusterer.n_clusters, 'or "auto"')
     if clusterer.update not in UPDATES:
         raise RowsError(f'update is "{clusterer.update}": choose one of {", ".join(UPDATES)}')
-    if not isinstance(clusterer.momentum, Real) or not 0 < clusterer.momentum <= 1:
+    if not _is_share(clusterer.momentum):
         raise RowsError(f"momentum is {clusterer.momentum}: it is the weight of the new direction, in (0, 1]")
     if clusterer.cache_dtype not in CACHE_DTYPES:
         raise RowsError(f'cache_dtype is "{clusterer.cache_dtype}": choose one of {", ".join(CACHE_DTYPES)}')
-    if not isinstance(clusterer.energy, Real) or not 0 < clusterer.energy <= 1:
+    if not _is_share(clusterer.energy):
         raise RowsError(f"energy is {clusterer.energy}: it is a share, in (0, 1]")
     if clusterer.k_min > clusterer.k_max:
         raise RowsError(f"k_min is {clusterer.k_min}, above k_max = {clusterer.k_max}: swap them")
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, Real) and 0 < float(value) <= 1
 
 
 def _check_whole(name: str, value: Any, alternative: str = "") -> None:

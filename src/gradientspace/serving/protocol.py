@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from gradientspace.errors import readable
+
 Kind = Literal["chat", "completion"]
 
 _MOST_ROWS = 1024
@@ -26,7 +28,7 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": readable(str(self)), "type": kind, "param": self.param, "code": self.code}}
 
 
 class StreamOptions(BaseModel):
