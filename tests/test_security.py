@@ -350,7 +350,7 @@ def test_the_page_shows_the_committed_search(monkeypatch: pytest.MonkeyPatch) ->
     page = importlib.import_module("security_page")
     found, text = json.loads(page.RESULTS.read_text()), page.PAGE.read_text()
     assert page.filled(text, found) == text, "run python benchmarks/security_page.py"
-    assert found["cases"] == sum(s["cases"] for s in found["surfaces"].values())
+    assert found["cases"] == sum(s["cases"] for s in found["surfaces"].values()) >= 10_000
 
 
 def test_every_error_is_one_line_that_a_terminal_does_not_obey() -> None:
