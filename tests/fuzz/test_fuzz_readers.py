@@ -308,10 +308,11 @@ def test_nothing_is_written_through_a_link(place: Place, slim: Path, name: str) 
     (folder / name).unlink(missing_ok=True)
     os.symlink(target, folder / name)
     run = Run.open(folder)
+    drawn = name in (".report.html.tmp", "figures")
     for act in (
         lambda: _lock(run),
         lambda: run.stage("extra", lambda p: write_json(p / "x.json", 1)),
-        lambda: write_report(run),
+        *([lambda: write_report(run)] if drawn else []),
     ):
         with contextlib.suppress(RunFolderError, OSError):  # refused is as good as made anew
             act()
