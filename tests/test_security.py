@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import json
 import shutil
 import sys
@@ -345,11 +344,9 @@ def test_generated_code_runs_in_the_sandbox_alone(monkeypatch: pytest.MonkeyPatc
 # ------------------------------------------------------------------- the page
 
 
-def test_the_page_shows_the_committed_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    page = importlib.import_module("security_page")
-    found, text = json.loads(page.RESULTS.read_text()), page.PAGE.read_text()
-    assert page.filled(text, found) == text, "run python benchmarks/security_page.py"
+def test_the_committed_search_is_a_whole_one() -> None:
+    """What the page says of it is compared with the file in test_pages.py."""
+    found = json.loads((ROOT / "benchmarks/results/fuzz.json").read_text())
     assert found["cases"] == sum(s["cases"] for s in found["surfaces"].values()) >= 10_000
 
 
