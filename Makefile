@@ -6,6 +6,7 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test test-browser test-faults test-distributed test-gpu test-vllm test-lm-eval lint bench paper ablations \
 	figures faults clean
+.PHONY: demo test test-browser test-all lint bench paper ablations figures clean test-vllm test-lm-eval test-fuzz audit
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +57,19 @@ test-lm-eval: $(READY) .venv-lm-eval/.ready
 	.venv-lm-eval/bin/python -m pip install --quiet 'lm-eval[api]' transformers
 	@touch $@
 
+# Over ten thousand cases of random input; the counts go to the file that docs/security.md quotes.
+test-fuzz: $(READY)
+	GRADIENTSPACE_FUZZ_JSON=$(CURDIR)/benchmarks/results/fuzz.json $(BIN)/python -m pytest -m fuzz tests/fuzz
+
+# The dependencies against known vulnerabilities. It asks a service on the network, and says so where it cannot.
+audit: .venv-audit/.ready
+	.venv-audit/bin/python benchmarks/audit.py
+
+.venv-audit/.ready:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet pip-audit
+	@touch $@
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -85,4 +99,4 @@ figures: $(READY)
 	$(BIN)/python benchmarks/paper/figures.py
 
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-lm-eval
+	rm -rf $(VENV) .venv-vllm .venv-lm-eval .venv-audit

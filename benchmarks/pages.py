@@ -23,6 +23,7 @@ import gradients_page
 import quotes
 import readme_page
 import results_page
+import security_page
 import serving_page
 import training_page
 
@@ -42,6 +43,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "suspicious rows": diagnosis_page.suspicious,
     "dry run": training_page.dry_run,
     "streaming": data_page.streaming,
+    "fuzz": security_page.fuzz,
 }
 MARKED = re.compile(
     r"(?P<start><!-- measured (?P<name>[^:]+): written by benchmarks/pages\.py -->\n)"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,3 +112,15 @@ def finished_run(micro_model: Path, micro_mix: Path, tmp_path_factory: pytest.Te
 
     values = micro_values(micro_model, micro_mix, tmp_path_factory.mktemp("runs"))
     return run(GradientSpaceConfig.from_dict(values))
+
+
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int) -> None:
+    """What the long search of tests/fuzz counted."""
+    if (harness := sys.modules.get("harness")) is not None:
+        harness.report(terminalreporter.write_line, finished=exitstatus == 0)
+
+
+@pytest.fixture
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written to a relative path lands in the test's own folder."""
+    monkeypatch.chdir(tmp_path)

@@ -162,6 +162,9 @@ def test_constant_data_is_one_cluster():
         ({"update": "median"}, 'update is "median"'),
         ({"cache_dtype": "int8"}, 'cache_dtype is "int8"'),
         ({"cache_size": 0}, "cache_size is 0"),
+        ({"n_validation": None}, "n_validation is None"),
+        ({"batch_size": 2.5}, "batch_size is 2.5"),
+        ({"random_state": "x"}, "random_state is 'x'"),
         ({"k_min": 9, "k_max": 3}, "k_min is 9"),
     ],
 )
@@ -169,6 +172,9 @@ def test_bad_settings_are_one_clear_line(options, message):
     with pytest.raises(RowsError, match=message) as caught:
         OnlineSVDClusterer(**options).initialize(torch.randn(10, 20))
     assert "\n" not in str(caught.value)
+    for rows in (torch.randn(10, 20), iter([torch.randn(10, 20)])):
+        with pytest.raises(RowsError, match=message):
+            OnlineSVDClusterer(**options).fit(rows)
 
 
 def test_fewer_rows_than_components():
@@ -321,3 +327,22 @@ def test_spherical_kmeans_edge_cases():
         spherical_kmeans(rows, 4)
     same = spherical_kmeans(np.ones((6, 3)), 3, random_state=0)
     assert np.isfinite(same[1]).all()
+
+
+def test_double_rows_beyond_float32_have_a_direction_all_the_same():
+    """A clusterer that began with float32 rows goes on with float64 ones of any length."""
+    rows, _ = planted_rows(60, 40, 3, 0.3)
+    clusterer = OnlineSVDClusterer(3, 0).initialize(rows)
+    wanted = clusterer.predict(rows).tolist()
+    for scale in (1e300, 1e-300):
+        assert clusterer.predict(rows.double() * scale).tolist() == wanted
+        assert clusterer.partial_fit(rows.double() * scale).labels_.tolist() == wanted
+        assert bool(torch.isfinite(clusterer.finalize().cluster_centers_).all())
+        wanted = clusterer.predict(rows).tolist()
+
+
+def test_a_stream_that_changes_its_kind_is_refused():
+    rows = torch.randn(10, 20)
+    for second in (rows.numpy(), rows[:, :5], rows[0], "rows"):
+        with pytest.raises(RowsError):
+            OnlineSVDClusterer(2, 0, n_validation=4).fit(iter([rows, second]))

@@ -118,14 +118,14 @@ def adapter(tmp_path: Path) -> Path:
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
         ({"use_dora": True}, "DoRA"),
         ({"bias": "all"}, "biases"),
-        ({"peft_type": "IA3"}, "no LoRA"),
+        ({"peft_type": "IA3"}, "only LoRA adapters"),
     ],
 )
 def test_what_an_engine_cannot_serve_is_one_line(adapter: Path, changes: dict, reason: str) -> None:
     path = adapter / "adapter_config.json"
     check_adapter(adapter, "vllm")
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    with pytest.raises(ModelError, match=f"vllm cannot serve .*{reason}"):
+    with pytest.raises(ModelError, match=reason):
         check_adapter(adapter, "vllm")
 
 

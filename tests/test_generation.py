@@ -10,7 +10,7 @@ from peft import PeftModel
 from test_stacked import base_of, plain_logits, prompts, save_experts
 
 from gradientspace.errors import DataError
-from gradientspace.generation import Request, generate
+from gradientspace.generation import Request, _sample, generate
 from gradientspace.stacked import BASE, StackedExperts
 from gradientspace.text_stream import TextStream
 
@@ -193,3 +193,11 @@ def test_unfinished_characters_and_beginnings_of_stops_are_held_back(tokenizer):
     assert pieces == ["a", "", "", "xya", "", "", ""]
     assert stream.stopped
     assert stream.finish() == ""
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 1e-320}, {"temperature": 1e-45}, {"temperature": 1.0, "top_p": 5e-324}]
+)
+def test_the_smallest_temperature_and_share_leave_the_likeliest_token(options):
+    logits = torch.tensor([1.0, 90.0, -30.0, 89.0])
+    assert _sample(logits, Request([1], 0, **options), torch.Generator().manual_seed(0)) == 1

@@ -191,7 +191,7 @@ def test_another_encoder_is_noticed(fitted, tmp_path):
 
 
 def test_a_damaged_folder_is_refused_in_one_line(fitted, tmp_path):
-    with pytest.raises(RunFolderError, match=r"has no router\.json"):
+    with pytest.raises(RunFolderError, match=r"router\.json is missing"):
         Router.load(tmp_path / "nowhere")
     fitted.save(tmp_path)
     settings = json.loads((tmp_path / "router.json").read_text())

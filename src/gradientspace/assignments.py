@@ -14,6 +14,7 @@ import torch
 
 from gradientspace.clustering import Assignment
 from gradientspace.clustering.stability import Reruns
+from gradientspace.damage import reading, require
 from gradientspace.data import Sample
 from gradientspace.gradients import GradientBatch
 
@@ -97,11 +98,18 @@ class Assignments:
 
     @classmethod
     def read(cls, path: Path) -> Assignments:
-        table = pq.read_table(path)
+        with reading(path, "cluster the run again"):
+            return cls._of_table(pq.read_table(path))
+
+    @classmethod
+    def _of_table(cls, table: pa.Table) -> Assignments:
         # Copies: what Arrow lends is read-only, and a pass that goes on fills these arrays.
         flat = {name: table[name].to_numpy().copy() for name in ("cluster", "cosine", "margin", "norm", "loss")}
         more = {name: table[name].to_numpy() for name in ("online_cluster", "support") if name in table.column_names}
         more |= {name: _matrix(table, name) for name in ("coordinates", "predicted") if name in table.column_names}
+        for name, values in {**flat, **more}.items():
+            require(values.dtype.kind in ("iu" if name.endswith("cluster") else "f"), f"column {name} is no number")
+        require("coordinates" in more and flat["cluster"].min(initial=0) >= -1, "columns are missing or out of range")
         return cls(table["id"].to_pylist(), **flat, **more)
 
 

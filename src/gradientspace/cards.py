@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from gradientspace.errors import InputError
+from gradientspace.damage import reading
+from gradientspace.errors import InputError, RunFolderError
 from gradientspace.inference import expert_folders
 from gradientspace.models import public_id
 from gradientspace.run_folder import Run, write_text
@@ -30,11 +31,14 @@ _NOT_PUSHED = ("*.partial/*", "*/checkpoints/*")
 
 def write_cards(run: Run) -> None:
     """Write the cards of an evaluated run; made anew each time."""
-    facts = _Facts(run)
-    for k, folder in enumerate(facts.folders):
-        write_text(folder / "README.md", expert_card(facts, k))
-    write_text(run.path / "router/README.md", router_card(facts))
-    write_text(run.path / LAST_FILE, run_card(facts))
+    with reading(run.path, "run it again from the step that made it"):
+        facts = _Facts(run)
+        cards = {folder / "README.md": expert_card(facts, k) for k, folder in enumerate(facts.folders)}
+        cards |= {run.path / "router/README.md": router_card(facts), run.path / LAST_FILE: run_card(facts)}
+    for path, text in cards.items():
+        if not path.parent.resolve().is_relative_to(run.path.resolve()):
+            raise RunFolderError(f"{path.parent} is a link out of the run folder: nothing is written there")
+        write_text(path, text)
 
 
 class _Facts:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from gradientspace.errors import ConfigError
-from gradientspace.strict import build, override
+from gradientspace.strict import build, override, parse_yaml, shown
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 SERVED_RANKS = (8, 16, 32, 64)
@@ -311,7 +311,10 @@ class GradientSpaceConfig:
             section, option = key.split(".")
             value = getattr(getattr(self, section), option)
             if isinstance(value, int | float) and not low <= value <= high:
-                raise ConfigError(f"{key} is {value}; it must be between {low:g} and {high:g}")
+                raise ConfigError(f"{key} is {shown(value)}; it must be between {low:g} and {high:g}")
+        if not 0 <= self.seed <= _LARGEST_SEED:
+            raise ConfigError(f"seed is {shown(self.seed)}; it must be between 0 and {_LARGEST_SEED}")
+        _check_name(self.name)
         tracker = self.training.report_to
         if tracker != "none" and importlib.util.find_spec(tracker) is None:
             raise ConfigError(f"training.report_to is {tracker}, which is not installed: pip install {tracker}")
@@ -367,7 +370,19 @@ class GradientSpaceConfig:
         return kept >= width and kept % width == 0
 
 
+def _check_name(name: str | None) -> None:
+    """The run's name becomes one folder in `output_dir`, and never leads out of it."""
+    if name is not None and (not name.isprintable() or set(name) & set("/\\") or name.strip(". ") == ""):
+        raise ConfigError(f"name is {shown(name)}; it names a folder in output_dir: use letters, digits, - and _")
+    if name is not None and len(name.encode("utf-8", "replace")) > _LONGEST_NAME:
+        raise ConfigError(f"name has {len(name)} characters; it names a folder: use at most {_LONGEST_NAME} bytes")
+
+
 _INF = float("inf")
+_LARGEST_SEED = 2**32 - 1
+"""What NumPy takes; torch would take more."""
+_LONGEST_NAME = 200
+"""Bytes; file systems take 255, and some stages and exports put a suffix behind it."""
 _RANGES: dict[str, tuple[float, float]] = {
     "data.test_fraction": (0, 0.9),
     "data.dev_fraction": (0.01, 0.9),
@@ -418,11 +433,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> GradientSpac
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"config file {path} is not valid YAML{where}") from error
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {path} is not UTF-8 text, so not valid YAML") from error
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be read: {error.strerror or error}") from error
+    values = parse_yaml(text, f"config file {path}")
     if not isinstance(values, dict):
         raise ConfigError(f"config file {path} is empty or not a mapping of sections")
     config = GradientSpaceConfig.from_dict(override(values, overrides))

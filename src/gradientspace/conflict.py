@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gradientspace.damage import reading, require
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -47,8 +49,11 @@ def write_gram(path: Path, ids: Sequence[str], gram: np.ndarray) -> None:
 
 def read_gram(path: Path) -> tuple[list[str], np.ndarray]:
     """Ids and Gram matrix (M, M) that `write_gram` wrote."""
-    table = pq.read_table(path)
-    return table["id"].to_pylist(), np.stack(table["inner_products"].to_numpy()).astype(np.float64)
+    with reading(path, "cluster the run again"):
+        table = pq.read_table(path)
+        gram = np.stack(table["inner_products"].to_numpy()).astype(np.float64)
+        require(gram.shape == (len(table), len(table)), f"a Gram matrix of shape {gram.shape}")
+        return table["id"].to_pylist(), gram
 
 
 def group_inner_products(gram: np.ndarray, labels: np.ndarray, n_groups: int) -> np.ndarray:

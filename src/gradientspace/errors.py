@@ -9,14 +9,30 @@
         ├── RunFolderError        a run folder: missing, of another config, damaged, not writable
         └── UnsureError           a prompt that the router may not place, by the run's own choice
 
-A message is one line and says the value, the limit and the fix.
+A message is one line and says the value, the limit and the fix. It often quotes what was given, and that may hold line
+breaks, terminal escapes or a megabyte: such characters are spelt out, and the middle of a very long message is cut.
 """
+
+from gradientspace.plain_text import one_line
+
+_LONGEST = 900
+"""Characters of a message; the fix stands at the end and is kept."""
+
+
+def readable(message: str) -> str:
+    """One line of at most about `_LONGEST` characters, whatever the message quotes."""
+    if len(message) > _LONGEST:
+        message = f"{message[: _LONGEST // 2]} … {message[-_LONGEST // 3 :]}"
+    return one_line(message)
 
 
 class GradientSpaceError(Exception):
     """Base of all our errors. `exit_code` is what the command line returns for it."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return readable(super().__str__())
 
 
 class LostRankError(GradientSpaceError):

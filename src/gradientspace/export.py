@@ -14,6 +14,7 @@ a script, the engine's own config files, and a README. Only the base is elsewher
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Callable
@@ -24,9 +25,12 @@ from typing import Any
 import yaml
 
 from gradientspace.config import SERVED_RANKS, ModelConfig
+from gradientspace.damage import reading, require
 from gradientspace.errors import ModelError
+from gradientspace.plain_text import one_line
 from gradientspace.run_folder import Run, write_text
 
+_AGAIN = "train it again"
 BASE_NAME = "base"
 """Under this name the engines serve the base without an adapter."""
 
@@ -92,10 +96,11 @@ def check_adapter(folder: Path, engine: str) -> dict[str, Any]:
     """The adapter's config, where it is plain LoRA that `engine` serves. Raises `ModelError` in one line."""
     from safetensors import safe_open
 
-    config = json.loads((folder / "adapter_config.json").read_text())
+    from gradientspace.models import read_adapter_config
+
+    config = read_adapter_config(folder)
     reasons = {
         f"its rank is {config['r']}, above {SERVED_RANKS[-1]}": config["r"] > SERVED_RANKS[-1],
-        "it is no LoRA adapter": config.get("peft_type") != "LORA",
         "it trains whole modules (modules_to_save)": bool(config.get("modules_to_save")),
         "it trains tokens of its own": bool(config.get("trainable_token_indices")),
         "it trains biases": config.get("bias", "none") != "none",
@@ -103,7 +108,10 @@ def check_adapter(folder: Path, engine: str) -> dict[str, Any]:
         "its scale differs from layer to layer (alpha_pattern)": bool(config.get("alpha_pattern")),
         "it is DoRA": bool(config.get("use_dora")),
     }
-    with safe_open(str(folder / "adapter_model.safetensors"), "np") as tensors:
+    with (
+        reading(folder, _AGAIN, ModelError),
+        safe_open(str(folder / "adapter_model.safetensors"), "np") as tensors,
+    ):
         names = list(tensors.keys())
     reasons["it has weights for the embedding or the head"] = any(e in n for n in names for e in _EMBEDDINGS)
     _refuse(folder, engine, reasons)
@@ -123,13 +131,19 @@ def copy_adapter(folder: Path, target: Path, rank: int) -> None:
     from safetensors.torch import load_file, save_file
     from torch.nn.functional import pad
 
-    config = json.loads((folder / "adapter_config.json").read_text())
+    from gradientspace.models import read_adapter_config
+
+    config = read_adapter_config(folder)
     more = rank - config["r"]
     padding = {"lora_A": (0, 0, 0, more), "lora_B": (0, more)}
-    tensors = {
-        name: pad(tensor, next(sides for part, sides in padding.items() if f".{part}." in name))
-        for name, tensor in load_file(folder / "adapter_model.safetensors").items()
-    }
+    with reading(folder, _AGAIN, ModelError):
+        tensors = {
+            name: pad(tensor, next(sides for part, sides in padding.items() if f".{part}." in name))
+            for name, tensor in load_file(folder / "adapter_model.safetensors").items()
+        }
+        for name, tensor in tensors.items():
+            own = tensor.shape[0 if ".lora_A." in name else 1]
+            require(tensor.ndim == 2 and own == rank and tensor.isfinite().all(), f"{name} is no finite rank {rank}")
     alpha = config["lora_alpha"] * rank / config["r"]
     config |= {"r": rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha}
     config["target_modules"] = _modules(folder)
@@ -142,8 +156,14 @@ def _modules(folder: Path) -> list[str]:
     """Last names of the layers that have an adapter, as engines know them: PEFT may record whole paths."""
     from safetensors import safe_open
 
-    with safe_open(str(folder / "adapter_model.safetensors"), "np") as tensors:
-        return sorted({name.split(".lora_")[0].split(".")[-1] for name in tensors.keys()})  # noqa: SIM118
+    with (
+        reading(folder, _AGAIN, ModelError),
+        safe_open(str(folder / "adapter_model.safetensors"), "np") as tensors,
+    ):
+        modules = sorted({name.split(".lora_")[0].split(".")[-1] for name in tensors.keys()})  # noqa: SIM118
+        # They are written into a shell script.
+        require(all(re.fullmatch(r"\w+", module, re.ASCII) for module in modules), "a layer's name is none")
+        return modules
 
 
 def check_base(config: Any, engine: str) -> None:
@@ -270,7 +290,7 @@ def _litellm(parts: _Parts) -> dict[str, str]:
     }
     lines = [
         "#!/bin/sh",
-        f"# Start the routing server first: gradientspace serve {parts.run}",
+        f"# Start the routing server first: gradientspace serve {shlex.quote(one_line(str(parts.run)))}",
         'cd "$(dirname "$0")" || exit 1',
         'export GRADIENTSPACE_API_BASE="${GRADIENTSPACE_API_BASE:-http://127.0.0.1:8000/v1}"',
         'export GRADIENTSPACE_API_KEY="${GRADIENTSPACE_API_KEY:-none}"',

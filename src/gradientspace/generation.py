@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from gradientspace.stacked import StackedExperts
 
+_COLDEST = 1e-5
+"""Below, a temperature is as good as greedy, and a quotient would leave float32's range."""
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
@@ -240,7 +242,7 @@ def _choose(logits: torch.Tensor, rows: Sequence[_Row]) -> list[int]:
 
 def _sample(logits: torch.Tensor, request: Request, generator: torch.Generator) -> int:
     """Temperature, then top-k, then top-p, as transformers and vLLM order them. `logits`: (V,)."""
-    logits = logits / request.temperature
+    logits = logits / max(request.temperature, _COLDEST)
     candidates = None
     if 0 < request.top_k < len(logits) or request.top_p < 1:
         logits, candidates = logits.sort(descending=True, stable=True)
@@ -248,7 +250,8 @@ def _sample(logits: torch.Tensor, request: Request, generator: torch.Generator) 
             logits = logits[: request.top_k]
         probabilities = logits.softmax(dim=-1)
         before = probabilities.cumsum(dim=-1) - probabilities
-        logits = logits[before < request.top_p]  # the likeliest token always stays
+        before[0] = -1  # the likeliest token always stays, also where float32 has no number as small as top_p
+        logits = logits[before < request.top_p]
     choice = int(torch.multinomial(logits.softmax(dim=-1), 1, generator=generator))
     return choice if candidates is None else int(candidates[choice])
 

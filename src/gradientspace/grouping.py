@@ -27,6 +27,7 @@ from gradientspace.clustering.unit_rows import Rows
 from gradientspace.config import ClusteringConfig, GradientSpaceConfig
 from gradientspace.conflict import FILE as GRAM_FILE
 from gradientspace.conflict import unit_gram, write_gram
+from gradientspace.damage import reading, require
 from gradientspace.data import Dataset, Sample, take
 from gradientspace.encoder import Encoder
 from gradientspace.evaluation import variance_shares
@@ -86,14 +87,19 @@ class Groups:
 
     @classmethod
     def read(cls, folder: Path) -> Groups:
-        facts = json.loads((folder / "clustering.json").read_text())
-        labels = [
-            pq.read_table(folder / f"{name}.parquet", columns=["cluster"])["cluster"].to_numpy()
-            for name in ("assignments", "held_out")
-        ]
-        n_clusters = facts.pop("n_clusters")
-        facts.pop("sizes")
-        return cls(labels[0], labels[1], n_clusters, facts)
+        with reading(folder, "cluster the run again"):
+            facts = json.loads((folder / "clustering.json").read_text())
+            labels = [
+                pq.read_table(folder / f"{name}.parquet", columns=["cluster"])["cluster"].to_numpy()
+                for name in ("assignments", "held_out")
+            ]
+            n_clusters = facts.pop("n_clusters")
+            facts.pop("sizes")
+            require(type(n_clusters) is int and n_clusters >= 1, f"n_clusters is {n_clusters!r}")
+            for values in labels:
+                known = values.dtype.kind == "i" and np.all((values >= -1) & (values < n_clusters))
+                require(known, f"a cluster is none of {n_clusters}")
+            return cls(labels[0], labels[1], n_clusters, facts)
 
 
 def held_out(data: Dataset) -> list[Sample]:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
+from gradientspace.damage import reading, require
 from gradientspace.errors import InputError
 from gradientspace.plain_text import visible
 from gradientspace.rows import FILE as ROWS_FILE
@@ -21,6 +22,8 @@ pc: Any = pyarrow.compute  # its functions are made at import, where no type che
 BOUNDARY_SHARE = 0.1
 """Where the clusterer flags no boundary: the rows with the smallest margins, this share of all."""
 _MEASURES = ("cosine", "margin", "norm", "loss", "near_boundary")
+_TEXTS = {"id": "string", "split": "string", "source": "string", "prompt": "string", "messages": "list<"}
+_MAY_LACK = ("source", "prompt")
 _SORTS = {"margin": "ascending", "cosine": "descending", "loss": "descending", "norm": "descending"}
 _PROMPT, _RESPONSE = 300, 200
 
@@ -44,8 +47,19 @@ def samples_of(run: Run) -> pa.Table:
     Raises `RunFolderError` where the run has no clusters or keeps no rows yet.
     """
     folder = run.require("rows", f"run {run.path}/config.yaml")
-    rows = pq.read_table(folder / ROWS_FILE, filters=[("split", "=", "fit")])
-    found = pq.read_table(run.require("clustering", f"cluster {run.path}") / "assignments.parquet")
+    clustering = run.require("clustering", f"cluster {run.path}")
+    with reading(run.path, "run it again from the data step"):
+        rows = pq.read_table(folder / ROWS_FILE, filters=[("split", "=", "fit")])
+        found = pq.read_table(clustering / "assignments.parquet")
+        for table, columns in ((rows, _TEXTS), (found, {"id": "string", "cluster": "int"})):
+            for name, kind in columns.items():
+                require(str(table.schema.field(name).type).startswith(kind), f"column {name} is no {kind}")
+                require(name in _MAY_LACK or table[name].null_count == 0, f"column {name} has empty cells")
+        for name in _MEASURES:
+            kinds = ("float", "double", "bool")
+            if name in found.column_names:
+                require(str(found.schema.field(name).type).startswith(kinds), f"column {name} is no number")
+                require(found[name].null_count == 0, f"column {name} has empty cells")
     if not rows["id"].equals(found["id"]):
         raise InputError(f"{run.path}: rows and clusters are of different data; run it again from the data step")
     rows = rows.append_column("cluster", found["cluster"])

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from gradientspace.config import LoraConfig, ModelConfig
+from gradientspace.damage import reading, require
 from gradientspace.errors import ModelError
 from gradientspace.progress import no_loading_bar
 
@@ -161,15 +162,12 @@ def lora(base: PreTrainedModel, config: LoraConfig, *, start: Path | None, seed:
             model = get_peft_model(base, peft_config)
     except ValueError as error:
         raise ModelError(f"lora.target_modules={config.target_modules!r} does not fit the model: {error}") from error
-    if start is not None:
-        _load_weights(model, start)
     try:
+        if start is not None:
+            _load_weights(model, start)
         yield model  # type: ignore[misc]
     finally:
-        model.unload()
-        # PEFT leaves its config on the base and warns at the next adapter; we attach one after another on purpose.
-        if hasattr(base, "peft_config"):
-            del base.peft_config
+        _detach(base)
         base.requires_grad_(False).eval()
 
 
@@ -177,7 +175,12 @@ def _load_weights(model: PeftModel, folder: Path) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    result = set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))
+    with reading(folder, "train it again", ModelError):
+        tensors = load_file(str(folder / "adapter_model.safetensors"))
+        require(all(bool(tensor.isfinite().all()) for tensor in tensors.values()), "a weight is not finite")
+        result = set_peft_model_state_dict(model, tensors)
+        lacking = [name for name in result.missing_keys if ".lora_" in name]
+        require(not lacking, f"it lacks weights of {len(lacking)} layers")
     if result.unexpected_keys:
         raise ModelError(f"adapter {folder} does not fit the model: unexpected {result.unexpected_keys[0]}")
 
@@ -207,20 +210,84 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, chat_templa
     tokenizer.save_pretrained(str(folder))
 
 
+def _detach(base: Any) -> None:
+    """Take PEFT's layers off the base again, also those of an adapter that failed half-way."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(base.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent, _, attribute = name.rpartition(".")
+            setattr(base.get_submodule(parent), attribute, module.get_base_layer())
+    # PEFT leaves its config on the base and warns at the next adapter; we attach one after another on purpose.
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """An adapter's config, checked before PEFT sees it. Raises `ModelError` for what is no LoRA adapter of safetensors.
+
+    An adapter is data, often somebody else's. PEFT would take pickled weights where there are no safetensors, import
+    the module that `megatron_core` names, load a tokenizer with code of its own for a prompt-tuning adapter, allocate
+    any rank, and match any regular expression against the base's layers, however long that takes.
+    """
+    with reading(folder / "adapter_config.json", "give a complete adapter folder", ModelError):
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise ModelError(f"adapter {folder} has no adapter_model.safetensors: pickled weights are never read")
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        kind = config.get("peft_type")
+        if kind != "LORA":
+            raise ModelError(f"adapter {folder} is {kind!r}: only LoRA adapters are loaded")
+        for option in ("megatron_config", "loftq_config", "eva_config", "corda_config"):
+            require(not config.get(option), f"{option} is set, which is not loaded from others' files")
+        starts = config.get("init_lora_weights", True)
+        require(isinstance(starts, bool) or starts == "gaussian", f"init_lora_weights is {starts!r}")
+        ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
+        require(all(type(r) is int and 1 <= r <= 4096 for r in ranks), "a rank is no whole number from 1 to 4096")
+        require(isinstance(config["lora_alpha"], int | float) and 0 < config["lora_alpha"] < 1e9, "lora_alpha")
+        modules = config["target_modules"]
+        require(isinstance(modules, str) or (modules and all(isinstance(m, str) for m in modules)), "target_modules")
+        patterns = [*([modules] if isinstance(modules, str) else []), *(config.get("rank_pattern") or {})]
+        patterns += [*(config.get("alpha_pattern") or {}), *_texts(config.get("exclude_modules"))]
+        patterns += _texts(config.get("layers_pattern"))
+        # A repeated group can take exponential time.
+        require(not any(re.search(r"\)\s*[*+{]", p) or len(p) > 500 for p in patterns), "a pattern repeats a group")
+        return config
+
+
+def _texts(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+@contextlib.contextmanager
+def _complete(folder: Path) -> Iterator[None]:
+    """PEFT only warns where weights are missing, and their layers would silently stay untrained."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        if "missing adapter keys" in str(warning.message):
+            raise ModelError(f"adapter {folder} lacks weights of some layers: train it again, or take another")
+        if "is_gradient_checkpointing" not in str(warning.message):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
 def load_adapters(base: PreTrainedModel, folders: dict[str, Path]) -> PeftModel:
     """`base` with several frozen adapters, by name; the first one is active."""
     from peft import PeftModel
 
     model: PeftModel | None = None
-    for name, folder in folders.items():
-        try:
-            if model is None:
-                with _quiet_peft():
+    for folder in folders.values():
+        read_adapter_config(folder)
+    try:
+        for name, folder in folders.items():
+            with reading(folder, "train it again, or take another", ModelError), _complete(folder):
+                if model is None:
                     model = PeftModel.from_pretrained(base, str(folder), adapter_name=name)
-            else:
-                model.load_adapter(str(folder), adapter_name=name)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(f"cannot load adapter {folder}: {str(error).splitlines()[0]}") from error
+                else:
+                    model.load_adapter(str(folder), adapter_name=name)
+    except ModelError:
+        _detach(base)
+        raise
     if model is None:
         raise ModelError("no adapter to load")
     model.requires_grad_(False)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gradientspace.clustering.kmeans import merge_small_clusters, spherical_kmeans
 from gradientspace.clustering.unit_rows import Rows, RowsError, with_norms
+from gradientspace.damage import reading, require
 from gradientspace.errors import RunFolderError
 
 MAP_FILE, RECORD_FILE = "routable.safetensors", "routable.json"
@@ -200,12 +201,16 @@ class RoutableMap:
         for name in (MAP_FILE, RECORD_FILE):
             if not (folder / name).is_file():
                 raise RunFolderError(f"no routable map in {folder}: {name} is missing")
-        record, tensors = json.loads((folder / RECORD_FILE).read_text()), load_file(folder / MAP_FILE)
-        explained = record.pop("explained")
-        alpha = record.pop("chosen_alpha", record["alpha"])  # a run made before there was a choice has none
-        self = cls(record.pop("n_clusters"), **record)
-        self.explained_, self.alpha_ = explained, alpha
-        self.coefficients_, self.centres_ = tensors["coefficients"], tensors["centres"]
+        with reading(folder, "cluster the run again"):
+            record, tensors = json.loads((folder / RECORD_FILE).read_text()), load_file(folder / MAP_FILE)
+            explained = float(record.pop("explained"))
+            alpha = record.pop("chosen_alpha", record["alpha"])  # a run made before there was a choice has none
+            self = cls(record.pop("n_clusters"), **record)
+            self.explained_, self.alpha_ = explained, alpha
+            self.coefficients_, self.centres_ = tensors["coefficients"].double(), tensors["centres"].double()
+            for tensor in (self.coefficients_, self.centres_):
+                require(tensor.ndim == 2 and tensor.numel() and torch.isfinite(tensor).all(), "no finite matrix")
+            require(self.coefficients_.shape[1] == self.centres_.shape[1], "coefficients and centres differ in width")
         return self
 
     @staticmethod

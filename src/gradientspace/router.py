@@ -12,10 +12,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from threadpoolctl import threadpool_limits
 
@@ -25,6 +24,7 @@ from gradientspace.calibration import (
     fit_temperature,
     select_threshold,
 )
+from gradientspace.damage import reading, require
 from gradientspace.encoder import DEFAULT_ENCODER, Encoder
 from gradientspace.errors import DataError, ModelError, RunFolderError
 from gradientspace.prompts import CONVERSATION_RULE, Prompt, routing_text
@@ -229,7 +229,7 @@ class Router:
         one the head was trained on.
         """
         folder = Path(folder)
-        try:
+        with reading(folder, "train the router again"):
             settings = json.loads((folder / "router.json").read_text(encoding="utf-8"))
             tensors = load_file(folder / "head.safetensors")
             if settings["schema"] != SCHEMA or settings["conversation_rule"] != CONVERSATION_RULE:
@@ -248,17 +248,32 @@ class Router:
                 router.head = router.head_ = RidgeHead(tensors["coefficients"], tensors["centres"])
             else:
                 router.head_ = LinearHead(tensors["weight"], tensors["bias"], settings["C"])
-        except FileNotFoundError as error:
-            raise RunFolderError(f"router {folder} has no {Path(error.filename or '').name}: train it again") from error
-        except (ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise RunFolderError(f"router {folder} is damaged ({error}): train it again") from error
+            router._check_loaded(tensors.get("encoder_check"))
         if router.n_clusters > 1:
             router._check_encoder(tensors["encoder_check"])
         return router
 
+    def _check_loaded(self, check: np.ndarray | None) -> None:
+        """Refuse (ValueError) what `save` never writes: it would fail, or mislead, at the first prompt."""
+        require(1e-6 <= self.temperature_ <= 1e6, f"temperature {self.temperature_}")
+        limit = self.encoder.max_length
+        require(limit is None or (type(limit) is int and limit >= 2), f"max_length {limit!r}")
+        require(self.threshold is None or 0 <= self.threshold <= 1, f"threshold {self.threshold}")
+        require(self.fallback in get_args(Fallback), f"fallback {self.fallback!r}")
+        assert isinstance(self.head_, LinearHead | RidgeHead)
+        weights = self.head_.tensors().values()
+        require(
+            all(np.isfinite(w).all() and np.abs(w).max(initial=0) < 1e9 for w in weights), "a weight is out of range"
+        )
+        width = 0 if check is None else len(check)
+        require(self.n_clusters >= 1 and (self.n_clusters == 1 or width), f"{self.n_clusters} clusters")
+        if self.n_clusters > 1:
+            scores = self.head_.predict_scores(np.zeros((1, width), np.float32))
+            require(scores.shape == (1, self.n_clusters), f"scores {scores.shape} for {self.n_clusters} clusters")
+
     def _check_encoder(self, expected: np.ndarray) -> None:
         found = self.encoder.encode([_CHECK_TEXT])[0]
-        if found.shape != expected.shape or float(found @ expected) < 0.999:
+        if found.shape != expected.shape or not float(found @ expected) >= 0.999:  # NaN is none either
             raise ModelError(
                 f"encoder {self.encoder.name_or_path} ({self.encoder.source}) is not the one the router was "
                 f"trained on: give that one, or train the router again"
@@ -272,8 +287,9 @@ class Router:
 
 def saved_encoder(folder: Path) -> tuple[str, int | None]:
     """Name and `max_length` of the encoder of a saved router, to load it in another type or on another device."""
-    encoder = json.loads((folder / "router.json").read_text(encoding="utf-8"))["encoder"]
-    return encoder["name_or_path"], encoder["max_length"]
+    with reading(folder / "router.json", "train the router again"):
+        encoder = json.loads((folder / "router.json").read_text(encoding="utf-8"))["encoder"]
+        return encoder["name_or_path"], encoder["max_length"]
 
 
 def _texts(prompts: Sequence[Prompt]) -> list[str]:

@@ -241,18 +241,21 @@ class Run:
         if not path.is_file():
             return {"schema": SCHEMA, "config": digest(_identity(self.config)), "stages": {}}
         try:
-            manifest = json.loads(path.read_text())
+            manifest = _plain_json(path)
             schema = manifest["schema"]
             if schema == SCHEMA:
                 for entry in manifest["stages"].values():
                     entry["inputs"].keys(), entry["files"].keys()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RunFolderError(f"{path} is damaged: remove it to make every stage again") from error
         if schema != SCHEMA:
             raise RunFolderError(
                 f"{path} has schema {schema!r}, and this version of gradientspace reads {SCHEMA}: use the version that "
                 f"{self.path / 'versions.json'} names, or start a new run with another --name"
             )
+        for name, entry in manifest["stages"].items():
+            if not all(_stays_below(inner) for inner in (name, *entry["files"])):
+                raise RunFolderError(f"{path} names files outside the run folder: it is damaged, or not to be trusted")
         return manifest
 
     def _record(self, name: str, entry: dict[str, Any]) -> None:
@@ -288,9 +291,9 @@ class Run:
         """Seconds and peak memory of every stage that was made; of none where the file is damaged."""
         path = self.path / "stages.json"
         try:
-            found = json.loads(path.read_text()) if path.is_file() else {}
+            found = _plain_json(path) if path.is_file() else {}
             return {str(name): dict(cost) for name, cost in found.items()}
-        except (ValueError, TypeError, AttributeError):
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             say(f"{path} is damaged: times and memory of the stages so far are lost")
             return {}
 
@@ -299,7 +302,7 @@ class Run:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Only one process works on a run folder. Raises `RunFolderError` if another one does."""
-        with explain_os_errors(self.path), open(self.path / ".lock", "w") as handle:
+        with explain_os_errors(self.path), open(self.path / ".lock", "w", opener=_own_file) as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -312,13 +315,21 @@ class Run:
 
 def write_text(path: Path, text: str) -> None:
     """Write a whole file or nothing: a temporary file beside it, synced, then renamed over it."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """As `write_text`."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as handle:
-            handle.write(text)
+        with open(temporary, "wb", opener=_own_file) as handle:
+            handle.write(data)
             handle.flush()
             os.fsync(handle.fileno())
         temporary.replace(path)
+    except IsADirectoryError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunFolderError(f"{path} is a folder where a file belongs: remove it") from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -330,6 +341,13 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _plain_json(path: Path) -> Any:
+    """JSON as `write_json` writes it. Raises ValueError also where it could not be written again (NaN, half pairs)."""
+    value = read_json(path)
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    return value
 
 
 def digest(value: Any) -> str:
@@ -366,12 +384,25 @@ def _sha256(path: Path) -> str | None:
 
 def _clear(folder: Path, keep: str | None = None) -> None:
     """Remove `folder`, but for its sub-folder `keep` where it has one."""
-    if keep is None or not (folder / keep).is_dir():
+    if folder.is_symlink():
+        folder.unlink()  # never what it points to
+        return
+    if keep is None or not (folder / keep).is_dir() or (folder / keep).is_symlink():
         shutil.rmtree(folder, ignore_errors=True)
         return
     for path in folder.iterdir():
         if path.name != keep:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _own_file(path: str, flags: int) -> int:
+    """Opener that never writes through a link: a run folder may be somebody else's."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def _stays_below(name: str) -> bool:
+    path = Path(name)
+    return not path.is_absolute() and ".." not in path.parts and path.parts != ()
 
 
 def _sync(folder: Path) -> None:
@@ -399,6 +430,7 @@ _OS_ERRORS = {
     errno.EPERM: "no permission to write: choose another --output-dir or change the permissions",
     errno.EROFS: "the file system is read-only: choose another --output-dir",
     errno.EFBIG: "a file grew over the limit of the file system or the shell (ulimit -f)",
+    errno.ELOOP: "one of its files is a link, and nothing is written through one: remove the link",
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another --output-dir",
 }
 

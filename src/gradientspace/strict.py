@@ -32,8 +32,32 @@ def override(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
                 raise ConfigError(f"{flag} does not name an option: {section!r} is not a section")
-        place[option] = yaml.safe_load(value)
+        place[option] = parse_yaml(value, f"{shown(value)}, the value of {flag},")
     return values
+
+
+def parse_yaml(text: str, what: str) -> Any:
+    """YAML of plain values. Raises `ConfigError` that begins with `what`, the place of the text."""
+    try:
+        return yaml.safe_load(text)
+    # PyYAML checks the grammar, and lets Python's constructors fail on a date or number that is none.
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{what} is not valid YAML{where}: {_reason(error)}") from error
+
+
+def shown(value: Any) -> str:
+    """`repr`, also of a whole number with more digits than Python prints, cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        text = f"a {type(value).__name__} too large to print"
+    return text if len(text) <= 160 else f"{text[:120]}… ({len(text)} characters)"
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "problem", None) or error or type(error).__name__).splitlines()[0]
 
 
 def differences(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> list[str]:
@@ -51,7 +75,7 @@ def differences(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -
 def build(cls: type, values: Any, where: str = "") -> Any:
     """An instance of the dataclass `cls` from nested dicts; `where` names the place in errors (`ConfigError`)."""
     if not isinstance(values, dict):
-        raise ConfigError(f"{where or 'the config'} must be a mapping of options, not {values!r}")
+        raise ConfigError(f"{where or 'the config'} must be a mapping of options, not {shown(values)}")
     hints = typing.get_type_hints(cls)
     arguments = {}
     for key, value in values.items():
@@ -84,7 +108,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     elif origin is list and isinstance(value, list):
         return [_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
     elif origin is dict and isinstance(value, dict):
-        return {str(k): _convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+        return {_encodable(str(k), where): _convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
     elif hint is type(None) and value is None:
         return None
     elif hint is float:
@@ -92,8 +116,17 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if number is not None:
             return number
     elif isinstance(hint, type) and type(value) is hint:
-        return value
-    raise ConfigError(f"{where} is {value!r}; it must be {_describe(hint)}")
+        return _encodable(value, where) if isinstance(value, str) else value
+    raise ConfigError(f"{where} is {shown(value)}; it must be {_describe(hint)}")
+
+
+def _encodable(text: str, where: str) -> str:
+    """Half of a surrogate pair, which YAML can spell, fits in no file and no tokenizer."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{where} is {shown(text)}, which holds half of a surrogate pair: remove it") from error
+    return text
 
 
 def _as_float(value: Any) -> float | None:
@@ -102,7 +135,7 @@ def _as_float(value: Any) -> float | None:
         return None
     try:
         return float(value) if isinstance(value, int | float | str) else None
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 

@@ -87,6 +87,9 @@ class Centroids:
         """One (b, D) x (D, K + q + 1) product; the (b, D) rows are neither copied nor changed."""
         rows, norms, valid = with_norms(rows)
         dtype = compute_dtype(self.matrix.dtype)
+        if rows.dtype == torch.float64 and dtype != torch.float64:
+            # float32 may hold neither the entries nor the length of such a row.
+            rows, norms = rows / norms[:, None], torch.ones_like(norms)
         scale = (1.0 / norms).to(dtype)
         if rows.dtype != dtype:
             rows = rows.to(dtype)

@@ -14,7 +14,7 @@ max(M, K + K n + q + b) D numbers whatever the length of the stream.
 
 import itertools
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,7 +33,15 @@ from gradientspace.clustering.parameters import check_parameters
 from gradientspace.clustering.rank import RankEstimate, estimate_rank
 from gradientspace.clustering.snapshot import read_snapshot, write_snapshot
 from gradientspace.clustering.svd import GradientSVD, gradient_svd
-from gradientspace.clustering.unit_rows import IdenticalRowsError, Rows, RowsError, RowSource, is_stream
+from gradientspace.clustering.unit_rows import (
+    IdenticalRowsError,
+    Rows,
+    RowsError,
+    RowSource,
+    RowsTypeError,
+    is_stream,
+)
+from gradientspace.damage import reading
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +127,7 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         self.n_features_in_ = rows.shape[1]
         self._torch_out = not isinstance(G, np.ndarray | list | tuple)
         self._device = rows.device
-        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        seed = int(self._random().randint(2**31 - 1))
         generator = torch.Generator(device=rows.device).manual_seed(seed)
         auto = isinstance(self.n_clusters, str)
         svd = self._decompose(rows, self.n_draws if auto else 0, generator)
@@ -168,6 +176,7 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         `labels_` are those of the final centroids. Of an iterable, the first batches up to `n_validation`
         rows initialise; its order is the caller's, and `labels_` are the online ones.
         """
+        check_parameters(self)
         if not is_stream(X):
             return self._fit_array(X)  # pyright: ignore[reportArgumentType]
         return self._fit_stream(iter(X))
@@ -232,7 +241,13 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
     def load(cls, folder: str | Path, device: str = "cpu") -> "OnlineSVDClusterer":
         """The clusterer that `save` wrote; its next `partial_fit` gives the same bits as the saved one's would."""
         record, tensors = read_snapshot(Path(folder), device)
+        with reading(Path(folder), "cluster the run again"):
+            return cls._of_snapshot(record, tensors, device)
+
+    @classmethod
+    def _of_snapshot(cls, record: dict[str, Any], tensors: dict[str, Tensor], device: str) -> "OnlineSVDClusterer":
         self = cls(**record["parameters"])
+        check_parameters(self)
         self.n_features_in_, self.n_clusters_ = record["n_features_in"], record["n_clusters"]
         self._torch_out, self._device = record["torch_out"], torch.device(device)
         self.rank_estimate_ = RankEstimate(**record["rank_estimate"]) if record["rank_estimate"] else None
@@ -289,7 +304,7 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
 
     def _fit_array(self, X: Rows) -> "OnlineSVDClusterer":
         rows = self._rows(X, reset=True)
-        random = check_random_state(self.random_state)
+        random = self._random()
         order = torch.as_tensor(random.permutation(len(rows)), device=rows.device)
         chosen = order[: self.n_validation].sort().values
         as_torch = isinstance(X, Tensor)
@@ -304,6 +319,7 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         return self
 
     def _fit_stream(self, batches) -> "OnlineSVDClusterer":
+        batches = _checked(batches)
         first: list = []
         while sum(len(batch) for batch in first) < self.n_validation and (batch := next(batches, None)) is not None:
             first.append(batch)
@@ -370,14 +386,27 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
         parts = nearest_centroid(batch)
         return parts[0], Assignment(*(self._out(part, as_torch) for part in parts))
 
+    def _random(self) -> np.random.RandomState:
+        try:
+            return check_random_state(self.random_state)
+        except (ValueError, TypeError) as error:
+            raise RowsError(f"random_state is {self.random_state!r}: give a whole number below 2**32") from error
+
     def _rows(self, X: Rows, *, reset: bool = False) -> Tensor:
         """X as a 2-dimensional floating tensor, on its own device or, for NumPy input, the clusterer's."""
         if not isinstance(X, Tensor):
             kinds = [np.float64, np.float32]
-            array: Any = validate_data(self, cast(Any, X), reset=reset, dtype=kinds, ensure_all_finite=False, order="C")
+            try:
+                array: Any = validate_data(
+                    self, cast(Any, X), reset=reset, dtype=kinds, ensure_all_finite=False, order="C"
+                )
+            except (TypeError, ValueError, OverflowError) as error:
+                raise (RowsTypeError if isinstance(error, TypeError) else RowsError)(str(error)) from error
             device = "cpu" if reset else getattr(self, "_device", "cpu")
             # torch cannot wrap memory that it must not write to.
             return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device)
+        if X.layout != torch.strided or X.is_complex() or X.is_quantized:
+            raise RowsTypeError(f"expected dense real rows, got {X.dtype}, {X.layout}")
         if X.ndim != 2 or 0 in X.shape:
             raise RowsError(f"expected rows (b, D), got shape {tuple(X.shape)}")
         if reset:
@@ -389,3 +418,17 @@ class OnlineSVDClusterer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Clus
     @staticmethod
     def _out(values: Tensor, as_torch: bool) -> Rows:
         return values if as_torch else values.cpu().numpy()
+
+
+def _checked(batches: Iterable[Any]) -> Iterator[Rows]:
+    """The batches of a stream, all of one kind. Raises RowsError for the first that is none, or is of another one."""
+    kind: tuple[type, int] | None = None
+    for batch in batches:
+        if not isinstance(batch, Tensor | np.ndarray):
+            raise RowsTypeError(f"a stream is made of arrays or tensors (b, D), got {type(batch).__name__}")
+        if batch.ndim != 2:
+            raise RowsError(f"expected rows (b, D), got shape {tuple(batch.shape)}")
+        kind = kind or (type(batch), batch.shape[1])
+        if kind != (type(batch), batch.shape[1]):
+            raise RowsError("the batches of the stream differ in kind or in length of their rows")
+        yield batch

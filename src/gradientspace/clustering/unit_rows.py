@@ -25,6 +25,10 @@ class RowsError(DataError, ValueError):
     """An array does not suit the clusterer. Also a ValueError, as scikit-learn's callers expect."""
 
 
+class RowsTypeError(RowsError, TypeError):
+    """What should be an array of numbers is of another type."""
+
+
 class IdenticalRowsError(RowsError):
     """Every row is the same direction, so centring leaves nothing."""
 

@@ -21,6 +21,7 @@ from typing import Any
 from gradientspace.data.sample import IGNORE_INDEX, Sample
 from gradientspace.data.shapes import Mapping
 from gradientspace.errors import DataError
+from gradientspace.plain_text import visible
 
 LIMIT = "limit"
 WEIGHT = "weight"
@@ -114,7 +115,10 @@ def token_counts(samples: Sequence[Sample]) -> dict[str, int]:
 
 
 def accounting_table(accounting: dict[str, Any]) -> str:
-    """The accounting as text: one line a file, then losses with their rows, splits and warnings."""
+    """The accounting as text: one line a file, then losses with their rows, splits and warnings.
+
+    File and column names are data, and may hold what a terminal would obey: such characters are spelt out.
+    """
     lines = [f"{'file':<40} {'split':<6} {'rows':>8} {'kept':>8} {'lost':>8} {'truncated':>9}"]
     for file in accounting["files"]:
         lines.append(_count_line(_end(file["file"], 40), file["split"], file))
@@ -131,7 +135,7 @@ def accounting_table(accounting: dict[str, Any]) -> str:
             lines.append(f"  {entry['count']} truncated (kept): rows {_ranges_text(entry['rows'])}")
     lines.append("splits: " + ", ".join(f"{name} {n}" for name, n in accounting["splits"].items()))
     lines += [f"warning: {warning}" for warning in accounting["warnings"]]
-    return "\n".join(lines)
+    return "\n".join(visible(line.replace("\n", " ")) for line in lines)
 
 
 def render_sample(sample: Sample, tokenizer: Any) -> str:
@@ -143,7 +147,7 @@ def render_sample(sample: Sample, tokenizer: Any) -> str:
             spans.append((supervised, []))
         spans[-1][1].append(token)
     texts = ((s, tokenizer.decode(ids, skip_special_tokens=False)) for s, ids in spans)
-    return "".join(f"{OPEN}{text}{CLOSE}" if supervised else text for supervised, text in texts)
+    return visible("".join(f"{OPEN}{text}{CLOSE}" if supervised else text for supervised, text in texts))
 
 
 def _count_line(name: str, split: str, counts: dict[str, Any]) -> str:

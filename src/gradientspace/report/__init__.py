@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gradientspace.damage import reading
 from gradientspace.report.comparing import write_comparison
 from gradientspace.report.page import render
 from gradientspace.report.record import RunRecord
@@ -21,9 +22,12 @@ FIGURES = "figures"
 
 def write_report(run: Run) -> Path:
     """Write `report.html` and `figures/` from what the run folder holds so far. Returns the page's path."""
-    page, charts = render(RunRecord.read(run))
+    with reading(run.path, "run it again from the step that made it"):
+        page, charts = render(RunRecord.read(run))
     folder = run.path / FIGURES
     with explain_os_errors(run.path):
+        if folder.is_symlink():
+            folder.unlink()  # never write where it points to
         folder.mkdir(exist_ok=True)
         for chart in charts:
             chart.write(folder)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradientspace.run_folder import write_text
+from gradientspace.run_folder import write_bytes, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,7 +90,7 @@ class Chart:
     def write(self, folder: Path) -> None:
         """NAME.svg, NAME.png and NAME.csv."""
         write_text(folder / f"{self.name}.svg", self.svg)
-        (folder / f"{self.name}.png").write_bytes(self.png)
+        write_bytes(folder / f"{self.name}.png", self.png)
         table = io.StringIO()
         csv.writer(table).writerows([self.head, *([_guarded(cell) for cell in row] for row in self.rows)])
         write_text(folder / f"{self.name}.csv", table.getvalue())

@@ -21,6 +21,7 @@ from gradientspace.router import Router
 from gradientspace.serving.backend import Backend, Call, Chunks, Reply
 from gradientspace.serving.gate import Gate
 from gradientspace.serving.metrics import CONTENT_TYPE, Metrics
+from gradientspace.serving.openapi import OPENAPI_PATH, document
 from gradientspace.serving.protocol import ApiError, ChatBody, CompletionBody, Kind, parse
 from gradientspace.serving.routing import STICKY_HEADER, Route, RoutingService
 
@@ -56,7 +57,10 @@ def create_app(
 ) -> FastAPI:
     """The server as an ASGI app. `detokenise` turns a completion's token prompt into what the router reads."""
     server = Server(backend, router, detokenise, limits or Limits(), whole_conversation)
-    app = FastAPI(lifespan=server.lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        lifespan=server.lifespan, docs_url=None, redoc_url=None, openapi_url=OPENAPI_PATH, redirect_slashes=False
+    )
+    app.openapi = document  # type: ignore[method-assign]
     app.state.server = server
     app.add_middleware(Gate, keys=keys, max_body=server.limits.max_body, metrics=server.metrics)  # type: ignore[arg-type]
     app.add_exception_handler(ApiError, _error)
@@ -203,8 +207,14 @@ class Server:
         if isinstance(body, ChatBody):
             prompts = [body.conversation]
         else:
-            prompts = [p if isinstance(p, str) else self.detokenise(p) for p in body.prompts]
+            prompts = [p if isinstance(p, str) else self._text(p) for p in body.prompts]
         return await self._choose(body.model, prompts, request.headers.get(STICKY_HEADER))
+
+    def _text(self, prompt: list[int]) -> str:
+        try:
+            return self.detokenise(prompt)
+        except (ValueError, TypeError, LookupError, OverflowError) as error:
+            raise ApiError(400, "prompt: a token is none of this model's", param="prompt") from error
 
     async def _choose(self, model: str, prompts: Sequence[Prompt], sticky: str | None) -> list[Route]:
         try:
@@ -333,8 +343,9 @@ async def _disconnect(request: Request) -> None:
 async def _json(request: Request) -> Any:
     body = await request.body()
     try:
-        value = json.loads(body)
-        if b"\\u" in body:  # half of a surrogate pair, which no tokenizer takes
+        # Not json.loads(body): it would take UTF-16, and halves of surrogate pairs, which no tokenizer takes.
+        value = json.loads(body.decode())
+        if b"\\u" in body:
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ApiError(400, "the body is not JSON in valid Unicode") from error
@@ -362,7 +373,9 @@ async def _error(_: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return await _error(request, ApiError(error.status_code, str(error.detail)))
+    answer = await _error(request, ApiError(error.status_code, str(error.detail)))
+    answer.headers.update(error.headers or {})  # 405 says which methods there are
+    return answer
 
 
 async def _gone(_: Request, __: Exception) -> Response:

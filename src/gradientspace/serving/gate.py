@@ -14,6 +14,9 @@ from gradientspace.serving.protocol import ApiError
 OPEN_PATHS = ("/health", "/ready")
 """Answer without a key: load balancers ask them."""
 
+_LONGEST_SIZE = 18
+"""Digits of a content length."""
+
 
 class Gate:
     """Wraps the app. With no `keys` everybody may come in; `max_body` is in bytes."""
@@ -34,7 +37,8 @@ class Gate:
             )  # fmt: skip
             return
         size = headers.get(b"content-length", b"0")
-        if not size.isdigit() or int(size) > self.max_body:
+        # Python reads no whole number of thousands of digits.
+        if not size.isdigit() or len(size) > _LONGEST_SIZE or int(size) > self.max_body:
             await self._refuse(send, self._too_large())
             return
         await self.app(scope, self._counted(receive), send)

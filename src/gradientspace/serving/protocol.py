@@ -8,8 +8,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from gradientspace.errors import readable
+
 Kind = Literal["chat", "completion"]
 
+_MOST_ROWS = 1024
+"""Answers of one request. A body of a megabyte could otherwise ask for millions."""
 _OBJECTS = {"chat": "chat.completion", "completion": "text_completion"}
 
 
@@ -24,7 +28,7 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": readable(str(self)), "type": kind, "param": self.param, "code": self.code}}
 
 
 class StreamOptions(BaseModel):
@@ -39,9 +43,9 @@ class _Body(BaseModel):
     model: str = "auto"
     temperature: float = Field(1.0, ge=0, le=100)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1)
+    top_k: int = Field(0, ge=-1, le=2**31 - 1)
     n: int = Field(1, ge=1, le=16)
-    seed: int | None = None
+    seed: int | None = Field(None, ge=-(2**62), le=2**62)
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -94,11 +98,17 @@ class CompletionBody(_Body):
 def parse(kind: Kind, body: Any) -> ChatBody | CompletionBody:
     """A checked request. Raises `ApiError` 400 that names the field."""
     try:
-        return (ChatBody if kind == "chat" else CompletionBody).model_validate(body)
+        parsed = (ChatBody if kind == "chat" else CompletionBody).model_validate(body)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"] if not isinstance(part, int)) or "body"
         raise ApiError(400, f"{field}: {first['msg']}", param=field) from error
+    prompts = 1 if isinstance(parsed, ChatBody) else len(parsed.prompts)
+    if not 1 <= prompts * parsed.n <= _MOST_ROWS:
+        raise ApiError(
+            400, f"{prompts} prompts with n = {parsed.n}: a request asks for 1 to {_MOST_ROWS} answers", param="prompt"
+        )
+    return parsed
 
 
 # ------------------------------------------------------------------------ answers
