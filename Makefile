@@ -4,9 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-browser test-faults test-distributed test-gpu test-vllm test-lm-eval lint bench paper ablations \
-	figures faults clean
-.PHONY: demo test test-browser test-all lint bench paper ablations figures clean test-vllm test-lm-eval test-fuzz audit
+.PHONY: demo test test-browser test-faults test-fuzz test-distributed test-gpu test-vllm test-lm-eval lint bench paper \
+	ablations figures faults audit clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

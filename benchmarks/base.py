@@ -165,7 +165,7 @@ def make_trainer(
         optim="adamw_torch_fused",
         bf16=True,
         torch_compile=options.compile,
-        dataloader_drop_last=True,  # one shape, compiled once
+        dataloader_drop_last=options.compile,  # one shape, compiled once
         use_cpu=not torch.cuda.is_available(),
         eval_strategy="epoch",
         save_strategy="steps",

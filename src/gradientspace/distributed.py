@@ -30,6 +30,7 @@ def serve() -> int:
         while (order := here.broadcast(None)) is not None:
             name, path, lenders, arguments = order
             WORK[name](job_of(path, tuple(lenders)), **arguments)
+        here.leave()
     except KeyboardInterrupt:
         return 130
     except LostRankError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import json
 import os
 import pickle
@@ -141,6 +142,12 @@ class Ranks:
                     self.store.set("end", str(code))
             raise
         self.broadcast(None)
+        self.leave()
+
+    def leave(self) -> None:
+        """Close the group while Python still runs: threads of its own that outlive it would abort the process."""
+        self.group = None
+        gc.collect()
 
     def _end_of_leader(self) -> int | None:
         """The exit code with which rank 0 has left; None where it has not said any."""
