@@ -31,8 +31,9 @@ from gradientspace.demo.skills import generate, write_data
 from gradientspace.diagnosis import diagnose
 from gradientspace.diagnosis.survey import survey_gradients
 from gradientspace.diagnosis.suspicious import DEVIATIONS, suspicion
+from gradientspace.files import write_json
 from gradientspace.job import Job
-from gradientspace.run_folder import Run, write_json
+from gradientspace.run_folder import Run
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 MIX = SHARED / "data/mix/train.jsonl"

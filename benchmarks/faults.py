@@ -33,7 +33,8 @@ from typing import Any
 
 import yaml
 
-from gradientspace.run_folder import SHOWS_TIMES, VOLATILE, write_json
+from gradientspace.files import write_json
+from gradientspace.run_folder import SHOWS_TIMES, VOLATILE
 
 HERE = Path(__file__).parent
 BEGIN, REPORT = "begin", "report"

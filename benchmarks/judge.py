@@ -22,8 +22,9 @@ from machine import describe
 
 from gradientspace.errors import InputError
 from gradientspace.evaluation import paired_bootstrap
+from gradientspace.files import write_json
 from gradientspace.progress import Progress
-from gradientspace.run_folder import Run, write_json
+from gradientspace.run_folder import Run
 
 QUESTION = """Two answers to a request follow. Which one is better: more fitting, more coherent, better written?
 Reply with one word: FIRST, SECOND or TIE.

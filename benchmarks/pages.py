@@ -27,7 +27,7 @@ import security_page
 import serving_page
 import training_page
 
-from gradientspace.run_folder import write_text
+from gradientspace.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -14,9 +14,10 @@ from gradientspace.conflict import FILE as GRAM_FILE
 from gradientspace.conflict import write_gram
 from gradientspace.data import Dataset, Sample
 from gradientspace.evaluation import paired_bootstrap, summarise, verdict
+from gradientspace.files import write_json
 from gradientspace.rows import FILE as ROWS_FILE
 from gradientspace.rows import write_rows
-from gradientspace.run_folder import Run, write_json
+from gradientspace.run_folder import Run
 
 TOPICS = ("bread oven", "comet orbit", "harbour boat", "ledger audit", "python loop", "rhyme verse")
 

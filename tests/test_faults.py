@@ -31,7 +31,8 @@ from safetensors.numpy import save_file
 from gradientspace import cli
 from gradientspace.config import GradientSpaceConfig
 from gradientspace.errors import RunFolderError
-from gradientspace.run_folder import Run, hashes, is_sealed, seal, write_json
+from gradientspace.files import hashes, is_sealed, seal, write_json
+from gradientspace.run_folder import Run
 
 ROOT = Path(__file__).parent.parent
 BIG = 40_000

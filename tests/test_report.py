@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from report_fixtures import made_up_run
 
+from gradientspace.files import write_json
 from gradientspace.report import write_comparison, write_report
-from gradientspace.run_folder import Run, write_json
+from gradientspace.run_folder import Run
 
 HOSTILE = (
     "</script><script>window.hacked = 1</script><img src=x onerror=hacked()> \u202egpj.exe \x1b[31m {{ 7 * 7 }} $x_1$"

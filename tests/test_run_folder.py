@@ -10,7 +10,8 @@ import pytest
 
 from gradientspace.config import GradientSpaceConfig
 from gradientspace.errors import RunFolderError
-from gradientspace.run_folder import Run, write_json, write_text
+from gradientspace.files import write_json, write_text
+from gradientspace.run_folder import Run
 
 
 def config_in(folder: Path, **values: object) -> GradientSpaceConfig:

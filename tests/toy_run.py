@@ -20,7 +20,8 @@ from striker import Striker
 
 from gradientspace.config import GradientSpaceConfig
 from gradientspace.errors import RunFolderError
-from gradientspace.run_folder import CHECKPOINTS, Run, is_sealed, read_json, seal, write_json
+from gradientspace.files import is_sealed, read_json, seal, write_json
+from gradientspace.run_folder import CHECKPOINTS, Run
 
 MOST = 500
 

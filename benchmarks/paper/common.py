@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gradientspace.run_folder import write_json
+from gradientspace.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BENCHMARKS = ROOT / "benchmarks"

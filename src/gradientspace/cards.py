@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 
 from gradientspace.damage import reading
 from gradientspace.errors import InputError, RunFolderError
+from gradientspace.files import write_text
 from gradientspace.inference import expert_folders
 from gradientspace.models import public_id
-from gradientspace.run_folder import Run, write_text
+from gradientspace.run_folder import Run
 
 _PUSHED = (
     "README.md", "config.yaml", "manifest.json", "experts/**", "router/**", "shared/**", "single/**",

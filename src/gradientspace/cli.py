@@ -348,7 +348,7 @@ def _generate(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _compare(options: argparse.Namespace, overrides: list[str]) -> None:
-    from gradientspace.run_folder import write_json
+    from gradientspace.files import write_json
     from gradientspace.study import run_all, table
     from gradientspace.tables import render, study_rows
 

@@ -19,13 +19,13 @@ from gradientspace.config import InferenceMode
 from gradientspace.data.sample import IGNORE_INDEX
 from gradientspace.ensemble import ensemble_answers, ensemble_losses
 from gradientspace.evaluation import agreement, paired_bootstrap, summarise, verdict
+from gradientspace.files import write_json
 from gradientspace.grouping import Groups, held_out
 from gradientspace.inference import BASE, Experts, expert_folders
 from gradientspace.job import Job
 from gradientspace.models import padding_id
 from gradientspace.progress import say
 from gradientspace.router import Fallback, Router
-from gradientspace.run_folder import write_json
 from gradientspace.scoring import distinct, score
 
 SCHEMA = 1

@@ -27,8 +27,9 @@ import yaml
 from gradientspace.config import SERVED_RANKS, ModelConfig
 from gradientspace.damage import reading, require
 from gradientspace.errors import ModelError
+from gradientspace.files import write_text
 from gradientspace.plain_text import one_line
-from gradientspace.run_folder import Run, write_text
+from gradientspace.run_folder import Run
 
 _AGAIN = "train it again"
 BASE_NAME = "base"

@@ -10,11 +10,11 @@ import numpy as np
 
 from gradientspace.calibration import coverage_curve
 from gradientspace.data import Sample
+from gradientspace.files import write_json
 from gradientspace.inference import BASE, Experts, expert_folders
 from gradientspace.job import Job
 from gradientspace.models import padding_id
 from gradientspace.router import Router
-from gradientspace.run_folder import write_json
 
 
 def choose_fallback(job: Job, router: Router, folder: Path) -> None:

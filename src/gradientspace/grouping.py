@@ -31,6 +31,7 @@ from gradientspace.damage import reading, require
 from gradientspace.data import Dataset, Sample, take
 from gradientspace.encoder import Encoder
 from gradientspace.evaluation import variance_shares
+from gradientspace.files import write_json
 from gradientspace.gradients import GradientBatch, PerSampleGradients
 from gradientspace.gradients.engine import GRADIENT_BYTES
 from gradientspace.gradients.store import fingerprint
@@ -40,7 +41,7 @@ from gradientspace.progress import Progress, say
 from gradientspace.projection import ProjectedRows
 from gradientspace.ranks import ranks
 from gradientspace.routable import RoutableMap
-from gradientspace.run_folder import CHECKPOINTS, write_json
+from gradientspace.run_folder import CHECKPOINTS
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 
 from gradientspace.damage import reading, require
 from gradientspace.errors import InputError
+from gradientspace.files import write_text
 from gradientspace.plain_text import visible
 from gradientspace.rows import FILE as ROWS_FILE
 from gradientspace.rows import response_of
-from gradientspace.run_folder import Run, write_text
+from gradientspace.run_folder import Run
 
 pc: Any = pyarrow.compute  # its functions are made at import, where no type checker sees them
 BOUNDARY_SHARE = 0.1

@@ -15,10 +15,11 @@ from gradientspace.config import ClusteringConfig, GradientSpaceConfig, LoraConf
 from gradientspace.data import Dataset, Sample, Template, load
 from gradientspace.encoder import Encoder
 from gradientspace.errors import ConfigError, RunFolderError
+from gradientspace.files import digest, write_json
 from gradientspace.grouping import Groups
 from gradientspace.models import load_base, load_tokenizer, lora, padding_id, save_adapter, save_tokenizer
 from gradientspace.ranks import ranks
-from gradientspace.run_folder import CHECKPOINTS, Run, digest, write_json
+from gradientspace.run_folder import CHECKPOINTS, Run
 from gradientspace.training import train_adapter
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ import torch
 
 from gradientspace.assignments import Assignments
 from gradientspace.clustering import OnlineSVDClusterer
+from gradientspace.files import is_sealed, seal, write_json
 from gradientspace.progress import say
 from gradientspace.projection import ProjectedRows
-from gradientspace.run_folder import is_sealed, seal, write_json
 
 INTERVAL = 60.0
 """Seconds between two snapshots."""

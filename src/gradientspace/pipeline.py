@@ -13,6 +13,7 @@ from gradientspace.cards import write_cards
 from gradientspace.config import GradientSpaceConfig
 from gradientspace.export import check_before_training
 from gradientspace.fallback import choose_fallback
+from gradientspace.files import write_json
 from gradientspace.grouping import Groups, gradient_groups
 from gradientspace.job import Job
 from gradientspace.models import lora
@@ -23,7 +24,7 @@ from gradientspace.routable import RoutableMap
 from gradientspace.router import RidgeHead, Router
 from gradientspace.rows import FILE as ROWS_FILE
 from gradientspace.rows import write_rows
-from gradientspace.run_folder import Run, write_json
+from gradientspace.run_folder import Run
 
 
 def run(config: GradientSpaceConfig, until: str = "report", *, lenders: Sequence[Run] = ()) -> Run:

@@ -24,10 +24,11 @@ from gradientspace.clustering.settle import coordinate_energy, coordinate_labels
 from gradientspace.clustering.stability import SweepRow, kmeans_stability, sweep
 from gradientspace.conflict import FILE as GRAM_FILE
 from gradientspace.errors import InputError, RunFolderError
+from gradientspace.files import write_json, write_text
 from gradientspace.grouping import Groups
 from gradientspace.progress import say
 from gradientspace.routable import RoutableMap
-from gradientspace.run_folder import Run, write_json, write_text
+from gradientspace.run_folder import Run
 from gradientspace.tables import render
 
 LARGEST_SWEEP = 256

@@ -10,10 +10,7 @@ the times (`SHOWS_TIMES`). Every start compares a finished stage's files with th
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
-import hashlib
-import json
 import os
 import shutil
 import time
@@ -24,6 +21,18 @@ from typing import Any
 from gradientspace.config import GradientSpaceConfig, load_config
 from gradientspace.doctor import versions
 from gradientspace.errors import RunFolderError
+from gradientspace.files import (
+    clear,
+    digest,
+    explain_os_errors,
+    hashes,
+    own_file,
+    plain_json,
+    sha256,
+    sync,
+    write_json,
+    write_text,
+)
 from gradientspace.progress import PeakMemory, say
 from gradientspace.sharing import link_folder, options_read
 from gradientspace.strict import differences
@@ -34,7 +43,6 @@ SHOWS_TIMES = ("report.html", "figures/cost.svg", "figures/cost.png", "figures/c
 """Drawn from `stages.json` among others: the same bytes where that is the same."""
 _AT_START = frozenset({".lock", "versions.json", ".versions.json.tmp", ".config.yaml.tmp"})
 """What a start leaves that was killed before it wrote `config.yaml`."""
-_SEAL = "hashes.json"
 CHECKPOINTS = "checkpoints"
 """Folder in a resumable stage's partial one in which an interrupted attempt leaves what the next goes on from."""
 SCHEMA = 1
@@ -115,18 +123,18 @@ class Run:
         partial = target.with_name(target.name + ".partial")
         with explain_os_errors(self.path):
             try:
-                _clear(partial, keep=CHECKPOINTS if resumable else None)
+                clear(partial, keep=CHECKPOINTS if resumable else None)
                 partial.mkdir(parents=True, exist_ok=True)
                 start, memory = time.perf_counter(), PeakMemory()
                 say(f"{name} ...")
                 with memory:
                     make(partial)
-                _sync(partial)
+                sync(partial)
                 files = hashes(partial)
-                _clear(target)
+                clear(target)
                 partial.rename(target)
             except BaseException:
-                _clear(partial, keep=CHECKPOINTS if resumable else None)
+                clear(partial, keep=CHECKPOINTS if resumable else None)
                 raise
             seconds = time.perf_counter() - start
             # The manifest last: a stage that it names has all that belongs to it.
@@ -161,7 +169,7 @@ class Run:
 
     def _damaged(self, name: str, entry: dict[str, Any]) -> str | None:
         """The first file of a stage that does not have its recorded hash."""
-        return next((f for f, found in entry["files"].items() if _sha256(self.path / name / f) != found), None)
+        return next((f for f, found in entry["files"].items() if sha256(self.path / name / f) != found), None)
 
     def forget(self, *names: str) -> None:
         """Drop the record of stages, and of all below them, so that the next start makes them again."""
@@ -209,7 +217,7 @@ class Run:
                 entry is None
                 or entry["inputs"] != fingerprint
                 or options_read(name, lender.config) != read
-                or any(_sha256(lender.path / name / f) != digest for f, digest in entry["files"].items())
+                or any(sha256(lender.path / name / f) != digest for f, digest in entry["files"].items())
             ):
                 continue
             target = self.path / name
@@ -241,7 +249,7 @@ class Run:
         if not path.is_file():
             return {"schema": SCHEMA, "config": digest(_identity(self.config)), "stages": {}}
         try:
-            manifest = _plain_json(path)
+            manifest = plain_json(path)
             schema = manifest["schema"]
             if schema == SCHEMA:
                 for entry in manifest["stages"].values():
@@ -291,7 +299,7 @@ class Run:
         """Seconds and peak memory of every stage that was made; of none where the file is damaged."""
         path = self.path / "stages.json"
         try:
-            found = _plain_json(path) if path.is_file() else {}
+            found = plain_json(path) if path.is_file() else {}
             return {str(name): dict(cost) for name, cost in found.items()}
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             say(f"{path} is damaged: times and memory of the stages so far are lost")
@@ -302,7 +310,7 @@ class Run:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Only one process works on a run folder. Raises `RunFolderError` if another one does."""
-        with explain_os_errors(self.path), open(self.path / ".lock", "w", opener=_own_file) as handle:
+        with explain_os_errors(self.path), open(self.path / ".lock", "w", opener=own_file) as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -310,106 +318,9 @@ class Run:
             yield
 
 
-# ---------------------------------------------------------------------- files
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing: a temporary file beside it, synced, then renamed over it."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """As `write_text`."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb", opener=_own_file) as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    except IsADirectoryError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunFolderError(f"{path} is a folder where a file belongs: remove it") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _plain_json(path: Path) -> Any:
-    """JSON as `write_json` writes it. Raises ValueError also where it could not be written again (NaN, half pairs)."""
-    value = read_json(path)
-    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    return value
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a JSON-able value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def hashes(folder: Path) -> dict[str, str | None]:
-    """SHA-256 of every file below `folder`, by its path there."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {str(p.relative_to(folder)): _sha256(p) for p in files}
-
-
-def seal(folder: Path) -> None:
-    """Write the hashes of the files in `folder` beside them, for `is_sealed`."""
-    write_json(folder / _SEAL, hashes(folder))
-
-
-def is_sealed(folder: Path) -> bool:
-    """Whether `folder` holds exactly the files it was sealed with."""
-    try:
-        recorded = read_json(folder / _SEAL)
-    except (OSError, ValueError):
-        return False
-    return recorded == {name: found for name, found in hashes(folder).items() if name != _SEAL}
-
-
-def _sha256(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _clear(folder: Path, keep: str | None = None) -> None:
-    """Remove `folder`, but for its sub-folder `keep` where it has one."""
-    if folder.is_symlink():
-        folder.unlink()  # never what it points to
-        return
-    if keep is None or not (folder / keep).is_dir() or (folder / keep).is_symlink():
-        shutil.rmtree(folder, ignore_errors=True)
-        return
-    for path in folder.iterdir():
-        if path.name != keep:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def _own_file(path: str, flags: int) -> int:
-    """Opener that never writes through a link: a run folder may be somebody else's."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
-
-
 def _stays_below(name: str) -> bool:
     path = Path(name)
     return not path.is_absolute() and ".." not in path.parts and path.parts != ()
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as handle:
-                os.fsync(handle.fileno())
 
 
 def _identity(config: GradientSpaceConfig) -> dict[str, Any]:
@@ -421,38 +332,3 @@ def _config_header() -> str:
     from gradientspace import __version__
 
     return f"# Replays this run: gradientspace run config.yaml. Written by gradientspace {__version__}.\n"
-
-
-_OS_ERRORS = {
-    errno.ENOSPC: "the disk is full: free some space and start the same command again, finished stages are kept",
-    errno.EDQUOT: "the disk quota is used up: free some space and start the same command again",
-    errno.EACCES: "no permission to write: choose another --output-dir or change the permissions",
-    errno.EPERM: "no permission to write: choose another --output-dir or change the permissions",
-    errno.EROFS: "the file system is read-only: choose another --output-dir",
-    errno.EFBIG: "a file grew over the limit of the file system or the shell (ulimit -f)",
-    errno.ELOOP: "one of its files is a link, and nothing is written through one: remove the link",
-    errno.ENOTDIR: "a part of the path is a file, not a folder: choose another --output-dir",
-}
-
-
-@contextlib.contextmanager
-def explain_os_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk and its like into one clear line, also where a library wraps the system's error."""
-    try:
-        yield
-    except Exception as error:
-        number = _errno_of(error)
-        if number in _OS_ERRORS:
-            raise RunFolderError(f"cannot write to {path}: {_OS_ERRORS[number]}") from error
-        raise
-
-
-def _errno_of(error: BaseException) -> int | None:
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno
-    # safetensors and other Rust libraries report "... (os error 28)" in the text only.
-    text = str(error)
-    for number in _OS_ERRORS:
-        if f"os error {number})" in text:
-            return number
-    return None

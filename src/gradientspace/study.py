@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 from gradientspace.bootstrap import Resampled, Statistic, resample
 from gradientspace.config import GradientSpaceConfig, InferenceMode, load_config
 from gradientspace.errors import InputError
+from gradientspace.files import read_json
 from gradientspace.progress import say
-from gradientspace.run_folder import Run, read_json
+from gradientspace.run_folder import Run
 
 SCHEMA = 1
 OURS = "gradientspace"

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
 from gradientspace.early_stopping import KeepBest
+from gradientspace.files import is_sealed, seal
 from gradientspace.progress import say
-from gradientspace.run_folder import is_sealed, seal
 
 _PREFIX = "checkpoint-"
 _TENSORS, _VALUES, _TRAINER = "state.safetensors", "state.json", "trainer_state.json"

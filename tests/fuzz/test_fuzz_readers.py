@@ -26,12 +26,13 @@ from gradientspace.clustering import OnlineSVDClusterer
 from gradientspace.encoder import Encoder
 from gradientspace.errors import RunFolderError
 from gradientspace.export import check_adapter, copy_adapter
+from gradientspace.files import write_json
 from gradientspace.grouping import Groups
 from gradientspace.inference import expert_folders
 from gradientspace.models import load_base, lora
 from gradientspace.routable import RoutableMap
 from gradientspace.router import Router
-from gradientspace.run_folder import Run, write_json
+from gradientspace.run_folder import Run
 from gradientspace.stacked import StackedExperts
 
 pytestmark = [

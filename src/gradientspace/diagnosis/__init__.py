@@ -24,9 +24,10 @@ from gradientspace.diagnosis.left_out import leave_out
 from gradientspace.diagnosis.pilot import run_pilot
 from gradientspace.diagnosis.survey import Survey, survey_gradients
 from gradientspace.diagnosis.words import conclude, gains
+from gradientspace.files import write_json
 from gradientspace.job import Job
 from gradientspace.pipeline import read_data
-from gradientspace.run_folder import Run, write_json
+from gradientspace.run_folder import Run
 
 __all__ = ["diagnose"]
 _SUFFIX = "-diagnosis"

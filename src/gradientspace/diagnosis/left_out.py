@@ -17,8 +17,8 @@ from gradientspace.data import Sample
 from gradientspace.diagnosis.pilot import CommonStart, common_start, losses, train_single
 from gradientspace.diagnosis.words import pulling_against
 from gradientspace.evaluation import paired_bootstrap
+from gradientspace.files import write_json
 from gradientspace.job import Job
-from gradientspace.run_folder import write_json
 
 _MOST = 3
 

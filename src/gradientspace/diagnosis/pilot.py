@@ -12,10 +12,10 @@ import numpy as np
 from gradientspace.data import Sample
 from gradientspace.diagnosis.candidates import Candidate
 from gradientspace.evaluation import paired_bootstrap
+from gradientspace.files import write_json
 from gradientspace.inference import Experts
 from gradientspace.job import Job
 from gradientspace.models import padding_id
-from gradientspace.run_folder import write_json
 
 
 @dataclass(frozen=True)

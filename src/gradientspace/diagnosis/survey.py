@@ -15,11 +15,11 @@ from gradientspace.clustering.svd import gradient_svd
 from gradientspace.conflict import read_gram, unit_gram, write_gram
 from gradientspace.data import Sample
 from gradientspace.errors import DataError
+from gradientspace.files import write_json
 from gradientspace.gradients import PerSampleGradients
 from gradientspace.job import Job
 from gradientspace.models import lora
 from gradientspace.progress import Progress, say
-from gradientspace.run_folder import write_json
 
 _SLICE = 500
 """Rows of the warm-up split that the warm-up takes at most."""

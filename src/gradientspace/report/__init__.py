@@ -10,10 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from gradientspace.damage import reading
+from gradientspace.files import explain_os_errors, write_text
 from gradientspace.report.comparing import write_comparison
 from gradientspace.report.page import render
 from gradientspace.report.record import RunRecord
-from gradientspace.run_folder import Run, explain_os_errors, write_text
+from gradientspace.run_folder import Run
 
 __all__ = ["write_comparison", "write_report"]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradientspace.run_folder import write_bytes, write_text
+from gradientspace.files import write_bytes, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

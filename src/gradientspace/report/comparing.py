@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gradientspace.evaluation import paired_bootstrap
+from gradientspace.files import write_text
 from gradientspace.plain_text import visible
 from gradientspace.report.charts import Chart
 from gradientspace.report.clusters import cluster_titles
@@ -14,7 +15,7 @@ from gradientspace.report.figures import intervals, short
 from gradientspace.report.page import fill
 from gradientspace.report.record import RunRecord
 from gradientspace.report.sections import Table, verdict
-from gradientspace.run_folder import Run, write_text
+from gradientspace.run_folder import Run
 
 
 def write_comparison(runs: Sequence[Run], path: Path) -> Path:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradientspace.data.accounting import REASONS
+from gradientspace.files import digest
 from gradientspace.plain_text import visible
 from gradientspace.report.record import RunRecord
-from gradientspace.run_folder import digest
 
 METHODS = {
     "base": "the base model",

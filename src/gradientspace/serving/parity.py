@@ -124,8 +124,8 @@ def recorded_fingerprints(run: Run, tokenizer: PreTrainedTokenizerBase, with_sha
 
     So only the first start of a proxy loads the base; later ones, on other machines too, need no weights of it.
     """
+    from gradientspace.files import digest, write_json
     from gradientspace.models import load_base
-    from gradientspace.run_folder import digest, write_json
 
     experts, shared = adapters_of(run)
     folders = named_folders(experts, shared if with_shared else None)
