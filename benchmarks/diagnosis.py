@@ -8,8 +8,8 @@
 cut-off was chosen looking at seed 0 of the demo; `shuffled-seed1` and `shuffled-seed2` draw rows, splits and wrong
 answers anew (on the same base), after that choice. Precision and recall of the suspicious rows are measured within the
 sample that was examined: of the list as it is printed, and of as many rows as were shuffled, ranked by gradient
-conflict, by loss, and by both; chance is the share of shuffled rows. `gsm8k` and the real mix need the shared data and
-base beside the repository and are skipped, with a word, without them.
+conflict, by loss, and by both; chance is the share of shuffled rows. `gsm8k` and the real mix take the repository's own
+base and need the shared data beside the repository; they are skipped, with a word, without it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from gradientspace.files import write_json
 from gradientspace.job import Job
 from gradientspace.run_folder import Run
 
-SHARED = Path(__file__).resolve().parents[1].parent / "shared"
-MIX = SHARED / "data/mix/train.jsonl"
+HERE = Path(__file__).resolve().parent
+MIX = HERE.parents[1] / "shared/data/mix/train.jsonl"
+BASE = HERE / "base"
 SKIPPED = {"skipped": "the shared data is not beside the repository"}
 SHUFFLED_SHARE = 0.05
 SEED = 0
@@ -100,13 +101,13 @@ def read_mix() -> list[dict[str, str]]:
 def mix_config(
     options: argparse.Namespace, name: str, rows: list[dict[str, str]], *, n_clusters: int
 ) -> GradientSpaceConfig:
-    """The shared base on these rows of the real mix."""
+    """The repository's base on these rows of the real mix."""
     path = options.folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = {
         "name": name,
         "output_dir": str(options.folder),
-        "model": {"model_name_or_path": str(SHARED / "models/tiny-base")},
+        "model": {"model_name_or_path": str(BASE)},
         "data": {"train": [{"path": str(path)}], "max_length": 384, "warmup_fraction": 0.1},
         "training": {"learning_rate": 2e-3},
         "clustering": {"n_clusters": n_clusters},
