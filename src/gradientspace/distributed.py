@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 from gradientspace.errors import GradientSpaceError, LostRankError
-from gradientspace.grouping import help_with_groups
+from gradientspace.grouping import Groups, help_with_groups
 from gradientspace.job import Job
 from gradientspace.models import lora
 from gradientspace.ranks import ranks
@@ -56,5 +56,9 @@ def help_cluster(job: Job) -> None:
         help_with_groups(model, job.data, job.config)
 
 
-WORK: dict[str, Callable[..., Any]] = {"cluster": help_cluster, "experts": Job.train_experts}
+def help_experts(job: Job, prefix: str, groups: dict[str, Any], inputs: list[str]) -> None:
+    job.train_experts(prefix, Groups(**groups), inputs=tuple(inputs))
+
+
+WORK: dict[str, Callable[..., Any]] = {"cluster": help_cluster, "experts": help_experts}
 """Order -> what is done about it."""

@@ -121,7 +121,8 @@ class Job:
         Every process of the run takes the next one when it is free, the largest first, and trains it alone.
         """
         here = ranks()
-        here.order("experts", self.run, prefix=prefix, groups=groups, inputs=inputs)
+        labels = {"fit": groups.fit, "held_out": groups.held_out, "n_clusters": groups.n_clusters}
+        here.order("experts", self.run, prefix=prefix, groups=labels, inputs=inputs)
         dev_clusters = groups.held_out[: len(self.data.dev_a)]
         turns = sorted(range(groups.n_clusters), key=lambda k: -groups.sizes[k] if here.size > 1 else k)
         for turn in here.queue(groups.n_clusters):

@@ -97,18 +97,18 @@ def gather(
     """Every batch on rank 0, in the plan's order; elsewhere nothing is yielded, and this rank's share sent there."""
     here = ranks()
     for round in rounds(engine, samples, _plan(engine, samples, config)):
-        own = {i: _on_cpu(batch) for i, batch in round.held.items()}
+        own = {i: _facts(batch) for i, batch in round.held.items()}
         known = {i: here.broadcast(own.get(i), round.holder[i]) for i in round.numbers}
         sent = [here.send(batch.gradients, 0) for i, batch in round.held.items() if here.rank and len(batch.indices)]
         for i in round.numbers if here.rank == 0 else ():
-            if not (n := len(known[i].indices)):
+            if not (n := len(known[i]["indices"])):
                 continue
             if round.holder[i] == 0:
                 yield round.held.pop(i)
                 continue
             rows = here.receive(torch.empty(n, engine.dim), round.holder[i])
-            parts = (value.to(engine.device) for value in (rows, known[i].losses, known[i].norms))
-            yield GradientBatch(known[i].indices, *parts)
+            parts = (value.to(engine.device) for value in (rows, known[i]["losses"], known[i]["norms"]))
+            yield GradientBatch(known[i]["indices"], *parts)
         here.wait(sent)
 
 
@@ -178,7 +178,7 @@ def _assign_and_push(state: Centroids, round: Round, part: range, projected: Pro
     here = ranks()
     views = {i: state.project(round.held[i].gradients) for i in part if round.holder[i] == here.rank}
     own = {i: _seen(round.held[i], view, projected) for i, view in views.items()}
-    known = {i: here.broadcast(own.get(i), round.holder[i]) for i in part}
+    known = {i: _told(own.get(i), round.holder[i]) for i in part}
     rows = functools.partial(_unit_rows, state, views, known)
     sent = [
         here.send(rows(i, k), k % here.size)
@@ -208,12 +208,25 @@ def _record(known: list[Seen], table: Assignments, projected: ProjectedRows | No
 
 def _seen(batch: GradientBatch, view: Projection, projected: ProjectedRows | None) -> Seen:
     parts = (value.cpu() for value in nearest_centroid(view))
-    return Seen(_on_cpu(batch), Assignment(*parts), projected.rows_of(batch.gradients) if projected else None)
+    rows = projected.rows_of(batch.gradients) if projected else None
+    return Seen(GradientBatch(gradients=torch.empty(0), **_facts(batch)), Assignment(*parts), rows)
 
 
-def _on_cpu(batch: GradientBatch) -> GradientBatch:
-    """The batch without its gradients, to be sent."""
-    return GradientBatch(batch.indices, torch.empty(0), batch.losses.cpu(), batch.norms.cpu())
+def _told(seen: Seen | None, source: int) -> Seen:
+    """What the rank `source` saw of a batch."""
+    if seen:
+        assignment = {name: getattr(seen.assignment, name) for name in Assignment.__slots__}
+        message = {"batch": _facts(seen.batch), "assignment": assignment, "projected": seen.projected}
+        ranks().broadcast(message, source)
+        return seen
+    told = ranks().broadcast(None, source)
+    batch = GradientBatch(gradients=torch.empty(0), **told["batch"])
+    return Seen(batch, Assignment(**told["assignment"]), told["projected"])
+
+
+def _facts(batch: GradientBatch) -> dict[str, Tensor]:
+    """The batch without its gradients."""
+    return {"indices": batch.indices, "losses": batch.losses.cpu(), "norms": batch.norms.cpu()}
 
 
 def _clusters(seen: Seen) -> dict[int, int]:
@@ -238,9 +251,8 @@ def _sync(state: Centroids) -> None:
     if state.update == "running":
         state.flush(_own(state))
     for source in range(here.size if here.size > 1 else 0):
-        mine = {k: float(state.strengths[k]) for k in state.moved} if source == here.rank else None
-        strengths = here.broadcast(mine, source)
-        for k, strength in strengths.items():
+        mine = [(k, float(state.strengths[k])) for k in state.moved] if source == here.rank else None
+        for k, strength in here.broadcast(mine, source):
             centre = state.moved[k].cpu() if mine is not None else torch.empty_like(state.centres[k], device="cpu")
             here.broadcast_rows(centre, source)
             if mine is None:

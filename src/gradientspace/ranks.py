@@ -12,7 +12,6 @@ import datetime
 import gc
 import json
 import os
-import pickle
 import signal
 import socket
 import sys
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradientspace import progress
 from gradientspace.errors import LostRankError
+from gradientspace.messages import pack, unpack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ class Ranks:
     queues: int = 0
 
     def broadcast(self, value: Any, source: int = 0) -> Any:
-        """The rank `source`'s value, on every rank; what the others pass is not used."""
+        """The rank `source`'s value, on every rank, as `messages.py` sends it; what the others pass is not used."""
         if self.size == 1:
             return value
         import torch
@@ -62,7 +62,7 @@ class Ranks:
         self._broadcast(length, source)
         data = torch.empty(int(length), dtype=torch.uint8) if data is None else data
         self._broadcast(data, source)
-        return value if self.rank == source else pickle.loads(data.numpy().tobytes())
+        return value if self.rank == source else unpack(data.numpy().tobytes())
 
     def order(self, name: str, run: Run, **arguments: Any) -> None:
         """Rank 0 asks the others for help with a run (`distributed.WORK` says how); elsewhere nothing happens."""
@@ -113,11 +113,13 @@ class Ranks:
     def join(cls) -> Ranks:
         """This process's place among those that the launcher started; raises `LostRankError` where one is missing."""
         import torch.distributed as dist
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
 
         local = int(os.environ.get("LOCAL_RANK", "0"))
-        store, rank, size = next(iter(dist.rendezvous("env://")))
+        store, rank, size = next(iter(rendezvous("env://")))
         store.set_timeout(datetime.timedelta(minutes=_LATEST_MINUTES))
-        store = dist.PrefixStore(f"gradientspace {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = PrefixStore(f"gradientspace {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         _hide_launcher(local)
         ranks = cls(rank, size, store=store)
         store.set(f"member {rank}", json.dumps([socket.gethostname(), os.getpid()]))
@@ -236,7 +238,7 @@ def _runs(pid: int) -> bool:
 def _packed(value: Any) -> Tensor:
     import torch
 
-    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(pack(value)), dtype=torch.uint8)
 
 
 def _as_bytes(rows: Tensor) -> Tensor:

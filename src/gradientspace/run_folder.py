@@ -252,8 +252,10 @@ class Run:
             manifest = plain_json(path)
             schema = manifest["schema"]
             if schema == SCHEMA:
-                for entry in manifest["stages"].values():
-                    entry["inputs"].keys(), entry["files"].keys()
+                manifest["stages"] = {
+                    name: entry | {"inputs": dict(entry["inputs"]), "files": dict(entry["files"])}
+                    for name, entry in manifest["stages"].items()
+                }
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RunFolderError(f"{path} is damaged: remove it to make every stage again") from error
         if schema != SCHEMA:
