@@ -15,8 +15,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/gradientspace demo $(if $(FRESH),--fresh) $(if $(CONTROL),--control $(CONTROL))
 
+# One worker a core; tests of one file stay together, since they share what is slow to make.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 test-browser: $(READY)
 	npm install --prefix tests/browser --no-package-lock --no-audit --no-fund

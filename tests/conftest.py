@@ -15,6 +15,8 @@ import torch
 # No test reaches a network; a missing file must be an error, never a download.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # every worker has a core; the programs it starts share that one
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 WORDS = (

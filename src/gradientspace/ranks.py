@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 from gradientspace import progress
 from gradientspace.errors import LostRankError
-from gradientspace.messages import pack, unpack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +55,8 @@ class Ranks:
         if self.size == 1:
             return value
         import torch
+
+        from gradientspace.messages import unpack
 
         data = _packed(value) if self.rank == source else None
         length = torch.tensor([0 if data is None else len(data)])
@@ -237,6 +238,8 @@ def _runs(pid: int) -> bool:
 
 def _packed(value: Any) -> Tensor:
     import torch
+
+    from gradientspace.messages import pack
 
     return torch.frombuffer(bytearray(pack(value)), dtype=torch.uint8)
 
