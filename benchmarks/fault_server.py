@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import random
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -57,6 +58,7 @@ def _be_a_child(request: dict[str, Any]) -> None:
             os.dup2(target, number)
         os.chdir(request["folder"])
         random.seed(), np.random.seed(), torch.seed()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
         _say_the_report_begins()
         if request["often"]:
             pass_checkpoint.INTERVAL, pass_checkpoint.LARGEST_SHARE = 0.0, 1e9

@@ -264,7 +264,9 @@ def at_random(
                 missed.append(instant)  # the run had ended before it could be struck
                 continue
             _note(tally, ended, before, status, last_words)
-        if missed and len(missed) < to_a_folder:
+        if len(missed) == to_a_folder:
+            tally.wrong.append(f"none of {to_a_folder} strikes ended a run")
+        elif missed:
             left.append(missed)
         _complete(subject, folder, tally, f"round {tally.folders}")
         yield tally

@@ -8,7 +8,6 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import micro_values
 
-from gradientspace import grouping
 from gradientspace.config import GradientSpaceConfig
 from gradientspace.errors import ConfigError
 from gradientspace.pipeline import run
@@ -24,8 +23,8 @@ def values(micro_model: Path, micro_mix: Path, tmp_path: Path) -> dict:
     return values
 
 
-def test_block_by_block_gives_the_same_clusters(values: dict, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(grouping, "LARGEST_BATCH", 4)
+def test_block_by_block_gives_the_same_clusters(values: dict, capsys) -> None:
+    values["gradients"] = {"max_tokens_per_batch": 64}  # few rows in a batch, so the validation gradients weigh most
     whole = run(GradientSpaceConfig.from_dict(values), until="cluster").path / "clustering"
     values["clustering"]["memory_budget_gib"] = 0.001
     blocks = run(GradientSpaceConfig.from_dict(values | {"name": "blocks"}), until="cluster").path / "clustering"

@@ -33,7 +33,6 @@ from gradientspace.encoder import Encoder
 from gradientspace.evaluation import variance_shares
 from gradientspace.files import write_json
 from gradientspace.gradients import GradientBatch, PerSampleGradients
-from gradientspace.gradients.engine import GRADIENT_BYTES
 from gradientspace.gradients.store import fingerprint
 from gradientspace.online_pass import gather, learn
 from gradientspace.pass_checkpoint import PassCheckpoint
@@ -47,8 +46,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 PROJECTED = "projected.safetensors"
-# Rows of a streamed batch that the memory plan counts with; the engine's token budget keeps them below it.
-LARGEST_BATCH = 256
 
 
 @dataclass
@@ -169,7 +166,7 @@ def _online_pass(
         say(f"  the online pass goes on after {behind} batches")
     else:
         clusterer, behind = new_clusterer(config.clustering, config.seed), 0
-        plan = _plan(clusterer, config, engine.dim)
+        plan = _plan(engine, clusterer, data, config)
         validation = _validation_gradients(engine, data, config, plan)
         write_gram(checkpoint.keep, [s.id for s in data.validation], unit_gram(validation))
         clusterer.initialize(validation)
@@ -202,11 +199,15 @@ def new_clusterer(options: ClusteringConfig, seed: int) -> OnlineSVDClusterer:
     )
 
 
-def _plan(clusterer: OnlineSVDClusterer, config: GradientSpaceConfig, dim: int) -> MemoryPlan:
+def _plan(
+    engine: PerSampleGradients, clusterer: OnlineSVDClusterer, data: Dataset, config: GradientSpaceConfig
+) -> MemoryPlan:
     """Print what the pass will hold, and let caches and validation blocks shrink to the budget."""
-    rows, budget = max(1, min(LARGEST_BATCH, GRADIENT_BYTES // (4 * dim))), config.clustering.memory_budget_gib
-    clusterer.set_params(n_validation=config.data.n_validation, batch_size=rows)
-    plan = clusterer.plan_memory(dim, None if budget is None else round(budget * 2**30))
+    limit, budget = config.gradients.max_tokens_per_batch, config.clustering.memory_budget_gib
+    splits = [data.validation, data.fit, held_out(data)]
+    rows = max(len(batch) for samples in splits for batch in engine.plan(samples, max_tokens=limit))
+    clusterer.set_params(n_validation=len(data.validation), batch_size=rows)
+    plan = clusterer.plan_memory(engine.dim, None if budget is None else round(budget * 2**30))
     say(plan.table())
     clusterer.set_params(cache_size=plan.cache_size, cache_dtype=plan.cache_dtype)
     return plan

@@ -49,8 +49,8 @@ class Job:
         """The splits; refused where they are not the ones that finished stages were made from."""
         data = load(self.config.data, self.tokenizer, self.config.seed)
         check_n_clusters(self.config.clustering, data)
-        recorded = self.run.path / "data/fingerprint.json"
-        if self.run.has("data") and recorded.is_file():
+        if self.run.is_whole("data"):
+            recorded = self.run.path / "data/fingerprint.json"
             before, now = json.loads(recorded.read_text()), data.fingerprint()
             changed = [split for split in now if before.get(split) != now[split]]
             if changed:

@@ -146,6 +146,11 @@ class Run:
     def has(self, name: str) -> bool:
         return name in self.manifest()["stages"] and (self.path / name).is_dir()
 
+    def is_whole(self, name: str) -> bool:
+        """Whether the stage is finished and every file is the one that was recorded."""
+        entry = self.manifest()["stages"].get(name)
+        return entry is not None and self._damaged(name, entry) is None
+
     def require(self, name: str, command: str) -> Path:
         """The folder of a finished and undamaged stage. Raises `RunFolderError` naming the command that makes it."""
         if not self.has(name):
