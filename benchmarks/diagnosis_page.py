@@ -30,7 +30,11 @@ def verdicts() -> str:
         if (arm := found["arms"].get(name)) and "pilot" in arm
     ]
     head = ["mix", "tried", "routed experts minus one adapter, nats on `dev`", "verdict", "rows that stand out"]
-    return "\n\n".join([table(head, rows), paragraph(measured_on(found["machine"]))])
+    wrong = ", ".join(
+        f"{label} *{found['arms'][name]['verdict']}*" for name, label in SHUFFLED.items() if name in found["arms"]
+    )
+    around = f"With wrong answers among the rows, as above, the verdicts are: {wrong}."
+    return "\n\n".join([table(head, rows), paragraph(f"{around} {measured_on(found['machine'])}")])
 
 
 def suspicious() -> str:
@@ -41,8 +45,8 @@ def suspicious() -> str:
 
 
 SHUFFLED = {
-    "shuffled": "the demo, seed 0 (the cut-off was chosen here)",
-    "shuffled-seed1": "the demo, seed 1 (drawn after that)",
+    "shuffled": "the demo, seed 0",
+    "shuffled-seed1": "the demo, seed 1",
     "shuffled-seed2": "the demo, seed 2",
     "real-mix-shuffled": "the real mix",
 }
