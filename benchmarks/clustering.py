@@ -44,7 +44,7 @@ from gradientspace.clustering.running_svd import RunningSVD, largest_angle
 from gradientspace.clustering.stability import kmeans_stability
 from gradientspace.clustering.svd import gradient_svd
 from gradientspace.gradients import PerSampleGradients
-from gradientspace.progress import PeakMemory, resident_bytes
+from gradientspace.memory import PeakMemory, resident_bytes
 
 # A named setting: what describes it, and what measures it.
 Measured = Iterator[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]]

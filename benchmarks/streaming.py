@@ -69,7 +69,7 @@ def write_rows(path: Path, n: int, tokens: int) -> None:
 def load_once(path: Path, *, streaming: bool) -> dict[str, Any]:
     """Load the file and say what it took beyond the process before."""
     from gradientspace.data import load
-    from gradientspace.progress import PeakMemory
+    from gradientspace.memory import PeakMemory
 
     tokenizer = word_tokenizer()
     with tempfile.TemporaryDirectory() as folder:  # what is imported at first use is no part of the data's memory

@@ -25,8 +25,9 @@ from gradientspace.config import GradientSpaceConfig
 from gradientspace.data import Sample
 from gradientspace.grouping import held_out, new_clusterer
 from gradientspace.job import Job
+from gradientspace.memory import PeakMemory, resident_bytes
 from gradientspace.models import lora, padding_id, save_adapter, save_tokenizer
-from gradientspace.progress import PeakMemory, resident_bytes, say
+from gradientspace.progress import say
 from gradientspace.run_folder import Run
 from gradientspace.tables import render
 from gradientspace.training import optimiser_steps, train_adapter

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
+
+from gradientspace.memory import resident_bytes
 
 PLAIN_INTERVAL = 10.0
 """Seconds between two plain progress lines where the output is not a terminal."""
@@ -91,36 +92,5 @@ def no_loading_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-class PeakMemory:
-    """Peak resident memory of this process while the block runs, in bytes, sampled every 50 ms."""
-
-    def __init__(self, interval: float = 0.05) -> None:
-        self.peak_bytes = 0
-        self._interval = interval
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def _watch(self) -> None:
-        while not self._stop.is_set():
-            self.peak_bytes = max(self.peak_bytes, resident_bytes())
-            self._stop.wait(self._interval)
-
-    def __enter__(self) -> PeakMemory:
-        self.peak_bytes = resident_bytes()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-
 def _memory() -> str:
     return f"{resident_bytes() / 2**30:.1f} GB"
-
-
-def resident_bytes() -> int:
-    """Resident set size of this process in bytes."""
-    import psutil  # a dependency of accelerate
-
-    return psutil.Process().memory_info().rss

@@ -33,7 +33,8 @@ from gradientspace.files import (
     write_json,
     write_text,
 )
-from gradientspace.progress import PeakMemory, say
+from gradientspace.memory import PeakMemory, return_free_memory
+from gradientspace.progress import say
 from gradientspace.sharing import link_folder, options_read
 from gradientspace.strict import differences
 
@@ -129,6 +130,7 @@ class Run:
                 say(f"{name} ...")
                 with memory:
                     make(partial)
+                return_free_memory()
                 sync(partial)
                 files = hashes(partial)
                 clear(target)
