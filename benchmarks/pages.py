@@ -19,6 +19,7 @@ from pathlib import Path
 import clustering_page
 import data_page
 import diagnosis_page
+import distributed_page
 import gradients_page
 import quotes
 import readme_page
@@ -41,6 +42,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "serving": serving_page.speed,
     "diagnosis": diagnosis_page.verdicts,
     "suspicious rows": diagnosis_page.suspicious,
+    "processes": distributed_page.processes,
     "dry run": training_page.dry_run,
     "streaming": data_page.streaming,
     "fuzz": security_page.fuzz,

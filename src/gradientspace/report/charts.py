@@ -150,13 +150,14 @@ def heatmap(
     if texts is None or len(columns) > 12:
         return
     span = (high - low) or 1.0
+    # Long names leave the cells little room.
+    crowded = len(columns) > 8 or (len(columns) > 5 and max(map(len, rows)) > 10)
     for (i, j), value in np.ndenumerate(values):
         if np.isfinite(value):
             red, green, blue, _ = colormaps[colours]((value - low) / span)
             dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
-            size = 7 if len(columns) <= 8 else 5.5
             colour = "#ffffff" if dark else "#16181c"
-            axes.text(j, i, str(texts[i][j]), ha="center", va="center", fontsize=size, color=colour)
+            axes.text(j, i, str(texts[i][j]), ha="center", va="center", fontsize=5.5 if crowded else 7, color=colour)
 
 
 def _short(labels: Sequence[str]) -> bool:

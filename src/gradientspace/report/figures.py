@@ -91,7 +91,7 @@ def cluster_sources(record: RunRecord) -> Chart | None:
         axes.set_ylabel("cluster")
         axes.set_xlabel("samples")
         bar_axes(axes)
-        axes.figure.legend(loc="outside upper left", ncols=min(4, len(names)), fontsize=6.5, handlelength=0.8)
+        axes.figure.legend(loc="outside upper left", ncols=_legend_columns(names), fontsize=6.5, handlelength=0.8)
 
     return draw(
         "cluster-sources", "Samples of every cluster, by source",
@@ -99,6 +99,17 @@ def cluster_sources(record: RunRecord) -> Chart | None:
         ["cluster", *names], [[k, *counts[k].tolist()] for k in range(record.n_clusters)], paint,
         height=0.9 + 0.24 * record.n_clusters,
     )  # fmt: skip
+
+
+def _legend_columns(names: Sequence[str]) -> int:
+    """As many as fit the figure's width, which holds some fifty letters beside the handles; at most four."""
+
+    def fits(n: int) -> bool:
+        rows = -(-len(names) // n)
+        widths = [max(map(len, names[i : i + rows])) + 4 for i in range(0, len(names), rows)]
+        return sum(widths) <= 56
+
+    return next((n for n in (4, 3, 2) if n <= len(names) and fits(n)), 1)
 
 
 def source_groups(sources: Sequence[str]) -> tuple[list[str], np.ndarray]:
