@@ -324,6 +324,24 @@ def test_a_signal_is_one_line_and_the_usual_code(monkeypatch, capsys, number: in
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_library_that_makes_an_error_of_a_stop_is_not_believed(monkeypatch, capsys, number, code, word) -> None:
+    def library(*_: object) -> None:
+        try:
+            os.kill(os.getpid(), number)
+            signal.pause()
+        except KeyboardInterrupt:
+            raise RunFolderError("weights.safetensors is damaged") from None
+
+    monkeypatch.setattr(cli, "_data", library)
+    before = signal.getsignal(number)
+    assert cli.main(["data", "config.yaml"]) == code
+    assert capsys.readouterr().err == f"\ngradientspace: {word}; the same command continues where it stopped\n"
+    assert signal.getsignal(number) == before
+
+
 def test_a_signal_leaves_no_half_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = new_run(tmp_path)
 

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from gradientspace.distributed import serve
 
             return serve()
-        with _terminable(), here.leading():
+        with _stoppable(), here.leading():
             return options.handler(options, rest) or 0
     except LostRankError as error:
         if not error.told:
@@ -82,20 +82,31 @@ class _Terminated(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """While the block runs, SIGTERM unwinds it. In a thread, or where somebody else handles it, nothing changes."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
+def _stoppable() -> Iterator[None]:
+    """While the block runs, SIGTERM and Ctrl-C unwind it, even where a library that was interrupted makes an error of
+    its own of it. In a thread, or where somebody else handles a signal, nothing changes.
+    """
+    defaults = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    ours = {s: default for s, default in defaults.items() if signal.getsignal(s) == default}
+    if threading.current_thread() is not threading.main_thread():
+        ours = {}
+    stopped: list[KeyboardInterrupt] = []
 
-    def stop(*_: object) -> None:
-        raise _Terminated
+    def stop(number: int, _: object) -> None:
+        stopped.append(_Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
+        raise stopped[-1]
 
-    signal.signal(signal.SIGTERM, stop)
+    for number in ours:
+        signal.signal(number, stop)
     try:
         yield
+    except Exception as error:
+        if stopped:
+            raise stopped[0] from error
+        raise
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, default in ours.items():
+            signal.signal(number, default)
 
 
 def _parser() -> argparse.ArgumentParser:
