@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-browser test-faults test-fuzz test-distributed test-gpu test-vllm test-lm-eval lint bench paper \
+.PHONY: demo test test-benchmarks test-browser test-faults test-fuzz test-distributed test-gpu test-vllm test-lm-eval lint bench paper \
 	ablations figures faults audit clean
 
 $(READY): pyproject.toml constraints.txt
@@ -17,7 +17,11 @@ demo: $(READY)
 
 # One worker a core; tests of one file stay together, since they share what is slow to make.
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m 'not benchmark' --numprocesses logical --maxprocesses 4 --dist loadfile
+
+# The smallest size of the benchmark scripts that take longest.
+test-benchmarks: $(READY)
+	$(BIN)/python -m pytest -m benchmark
 
 test-browser: $(READY)
 	npm install --prefix tests/browser --no-package-lock --no-audit --no-fund

@@ -13,6 +13,7 @@ from data_fixtures import write_jsonl
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "base.py"
 
 
+@pytest.mark.benchmark
 @pytest.mark.e2e
 def test_a_candidate_is_trained_once_and_ranked_on_dev(tmp_path):
     numbers = range(400)

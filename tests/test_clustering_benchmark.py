@@ -10,6 +10,7 @@ import pytest
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "clustering.py"
 
 
+@pytest.mark.benchmark
 @pytest.mark.e2e
 def test_sections_run_and_a_second_call_measures_nothing_again(tmp_path):
     path = tmp_path / "results.json"

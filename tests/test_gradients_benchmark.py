@@ -12,6 +12,7 @@ import pytest
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "gradients.py"
 
 
+@pytest.mark.benchmark
 @pytest.mark.e2e
 def test_every_section_runs_and_every_arm_is_exact(tmp_path):
     path = tmp_path / "results.json"

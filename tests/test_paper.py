@@ -148,6 +148,7 @@ def _gradients(rows, samples) -> torch.Tensor:
     return found
 
 
+@pytest.mark.benchmark
 @pytest.mark.e2e
 def test_alignment_makes_its_table_and_its_ranking(
     script, micro_model: Path, micro_mix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
