@@ -20,6 +20,7 @@ import clustering_page
 import data_page
 import diagnosis_page
 import distributed_page
+import faults_page
 import gradients_page
 import quotes
 import readme_page
@@ -54,9 +55,7 @@ MARKED = re.compile(
 )
 
 
-WRITTEN_ELSEWHERE = re.compile(
-    r"<!-- numbers: written by benchmarks/faults_page\.py -->.*?<!-- end of numbers -->", re.DOTALL
-)
+WRITTEN_ELSEWHERE = re.compile(f"{re.escape(faults_page.START)}.*?{re.escape(faults_page.END)}", re.DOTALL)
 """A test of its own compares it with its results."""
 
 
