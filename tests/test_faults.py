@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -309,13 +310,30 @@ def test_a_report_that_finds_the_disk_full_is_one_line(tmp_path: Path, monkeypat
 # ------------------------------------------------------------------------------------------------ signals
 
 
+@pytest.fixture
+def usual_signals() -> Iterator[None]:
+    """The handlers of a command in the foreground: a shell's background jobs ignore Ctrl-C, and so would we."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def signalled(number: int) -> None:
+    """Send this process a signal, and wait for it to unwind the caller."""
+    os.kill(os.getpid(), number)
+    time.sleep(10)
+    raise AssertionError(f"signal {number} did not arrive")
+
+
+@pytest.mark.usefixtures("usual_signals")
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
 def test_a_signal_is_one_line_and_the_usual_code(monkeypatch, capsys, number: int, code: int, word: str) -> None:
     def waits(*_: object) -> None:
-        os.kill(os.getpid(), number)
-        signal.pause()
+        signalled(number)
 
     monkeypatch.setattr(cli, "_doctor", waits)
     assert cli.main(["doctor"]) == code
@@ -324,14 +342,14 @@ def test_a_signal_is_one_line_and_the_usual_code(monkeypatch, capsys, number: in
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.usefixtures("usual_signals")
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
 def test_a_library_that_makes_an_error_of_a_stop_is_not_believed(monkeypatch, capsys, number, code, word) -> None:
     def library(*_: object) -> None:
         try:
-            os.kill(os.getpid(), number)
-            signal.pause()
+            signalled(number)
         except KeyboardInterrupt:
             raise RunFolderError("weights.safetensors is damaged") from None
 
@@ -342,13 +360,13 @@ def test_a_library_that_makes_an_error_of_a_stop_is_not_believed(monkeypatch, ca
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.usefixtures("usual_signals")
 def test_a_signal_leaves_no_half_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = new_run(tmp_path)
 
     def waits(folder: Path) -> None:
         json_file(folder)
-        os.kill(os.getpid(), signal.SIGTERM)
-        signal.pause()
+        signalled(signal.SIGTERM)
 
     monkeypatch.setattr(cli, "_doctor", lambda *_: run.stage("a", waits))
     assert cli.main(["doctor"]) == 143
