@@ -9,6 +9,7 @@ from results_table import RESULTS, is_table, read_table
 
 TITLES = {
     "real-mix": "The real mix",
+    "real-mix-headline": "The real mix, the headline pairs on more seeds",
     "real-mix-seed0": "The real mix, first table (one seed, before any choice was made on dev)",
     "demo": "The demo",
     "demo-one-skill": "The demo's control with one skill (nothing to split)",

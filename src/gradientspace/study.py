@@ -71,7 +71,7 @@ def run_configs(
     from gradientspace.pipeline import run
 
     asked = [_with(config.validate(), i, seeds, split) for i in range(seeds or 1) for config in configs]
-    lenders = [*lenders, *(run for config in configs for run in _earlier(config, asked))]
+    lenders = [*lenders, *_earlier(asked)]
     runs: list[Run] = []
     for config in asked:
         say(f"== {config.name}")
@@ -88,17 +88,15 @@ def _with(config: GradientSpaceConfig, i: int, seeds: int | None, split: str | N
     return dataclasses.replace(config, seed=seed, name=name, evaluation=evaluation)
 
 
-def _earlier(config: GradientSpaceConfig, asked: Sequence[GradientSpaceConfig]) -> list[Run]:
-    """Runs of the same config that an earlier call made on the other split; those of another version are left out."""
-    pattern = re.compile(rf"{re.escape(config.name or '')}(-dev_b|-test)?-seed\d+")
-    new = {c.run_folder for c in asked}
+def _earlier(asked: Sequence[GradientSpaceConfig]) -> list[Run]:
+    """Other runs beside those asked for, from which stages may be taken; those of another version are left out."""
+    new = {config.run_folder for config in asked}
     found = []
-    for folder in sorted(f.parent for f in Path(config.output_dir).glob("*/config.yaml")):
-        if pattern.fullmatch(folder.name) and folder not in new:
-            with contextlib.suppress(InputError):
-                run = Run.open(folder)
-                run.manifest()
-                found.append(run)
+    for folder in sorted({f.parent for c in asked for f in Path(c.output_dir).glob("*/config.yaml")} - new):
+        with contextlib.suppress(InputError):
+            run = Run.open(folder)
+            run.manifest()
+            found.append(run)
     return found
 
 
