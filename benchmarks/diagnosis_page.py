@@ -46,8 +46,7 @@ def suspicious() -> str:
 
 SHUFFLED = {
     "shuffled": "the demo, seed 0",
-    "shuffled-seed1": "the demo, seed 1",
-    "shuffled-seed2": "the demo, seed 2",
+    **{f"shuffled-seed{seed}": f"the demo, seed {seed}" for seed in (1, 2, 3, 4)},
     "real-mix-shuffled": "the real mix",
 }
 

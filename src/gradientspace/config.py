@@ -255,6 +255,9 @@ class DiagnosisConfig:
     """Rows whose gradients `diagnose` takes: one half fits every grouping, the other judges it."""
     pilot_steps: int = 100
     """Optimiser steps of each arm of the pilot."""
+    min_gain: float = 0.002
+    """Nats of dev loss that a split, or a mix without one source, must gain to be advised; beside an interval that
+    excludes zero."""
 
 
 @dataclass
@@ -421,6 +424,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "evaluation.max_new_tokens": (1, 100_000),
     "diagnosis.n_samples": (40, 100_000),
     "diagnosis.pilot_steps": (2, 1_000_000),
+    "diagnosis.min_gain": (0.0, 100.0),
 }
 
 

@@ -45,9 +45,9 @@ def diagnose(config: GradientSpaceConfig) -> tuple[dict[str, Any], Path]:
         survey = survey_gradients(job)
         folder = job.run.stage("evidence", lambda to: _write_evidence(to, job, survey), inputs=("survey",))
         evidence = json.loads((folder / "evidence.json").read_text())
-        pilot = _pilot(job, survey, evidence)
-        left_out = [] if gains(pilot) else leave_out(job, evidence)
-        found = conclude({**evidence, "pilot": pilot, "left_out": left_out})
+        pilot, least = _pilot(job, survey, evidence), job.config.diagnosis.min_gain
+        left_out = [] if gains(pilot, least) else leave_out(job, evidence)
+        found = conclude({**evidence, "pilot": pilot, "left_out": left_out, "min_gain": least})
         write_json(job.run.path / "diagnosis.json", found)
     return found, job.run.path
 

@@ -2,7 +2,8 @@
 
 Two signs, both under the warm-up adapter, which has not seen the rows: the gradient pulls against the mean gradient of
 the other rows with such prompts, and the loss is high. Each is made comparable by its median and median absolute
-deviation; their sum ranks the rows, and those more than three deviations out are listed (Hampel's rule).
+deviation; their sum ranks the rows, and those more than 3.5 deviations out are listed (the cut-off of Iglewicz and
+Hoaglin, 1993).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from gradientspace.diagnosis.candidates import candidates
 from gradientspace.diagnosis.survey import Survey
 from gradientspace.plain_text import one_line
 
-DEVIATIONS = 3.0
+DEVIATIONS = 3.5
 _LISTED = 200
 _TO_SIGMA = 1.4826
 """The median absolute deviation of a normal distribution times this is its standard deviation."""

@@ -11,9 +11,15 @@ from gradientspace.tables import render
 _SHOWN = 5
 
 
-def gains(compared: dict[str, Any] | None) -> bool:
-    """Is the difference of a comparison (None: not made) below zero, interval and mean over tokens alike?"""
-    return compared is not None and compared["difference"]["high"] < 0 and compared["token_difference"] < 0
+def gains(compared: dict[str, Any] | None, least: float) -> bool:
+    """Is a comparison's difference (None: not made) below zero, interval and mean over tokens alike, by `least` nats?
+
+    The interval speaks of other samples only: another order of training moves a loss by some thousandths, too.
+    """
+    if compared is None:
+        return False
+    difference = compared["difference"]
+    return difference["high"] < 0 and difference["mean"] <= -least and compared["token_difference"] < 0
 
 
 def pulling_against(evidence: dict[str, Any]) -> list[dict[str, Any]]:
@@ -27,18 +33,18 @@ def conclude(evidence: dict[str, Any]) -> dict[str, Any]:
 
     Split only where the pilot gains; fix only where the other sources gain from a training without one.
     """
-    pilot = evidence["pilot"]
-    sentences = _of_the_pilot(pilot, evidence["k_reason"])
-    if gains(pilot):
+    pilot, least = evidence["pilot"], evidence["min_gain"]
+    sentences = _of_the_pilot(pilot, evidence["k_reason"], least)
+    if gains(pilot, least):
         return {**evidence, "verdict": "split", "headline": f"Split into {evidence['k']}.", "sentences": sentences}
     left_out = {row["name"]: row for row in evidence["left_out"]}
-    sentences += [_of_a_source(row, left_out.get(row["name"])) for row in pulling_against(evidence)]
-    harmful = [one_line(name, 40) for name, row in left_out.items() if gains(row["others"])]
+    sentences += [_of_a_source(row, left_out.get(row["name"]), least) for row in pulling_against(evidence)]
+    harmful = [one_line(name, 40) for name, row in left_out.items() if gains(row["others"], least)]
     verdict, headline = ("fix", f"Drop or fix {', '.join(harmful)}.") if harmful else ("keep", "Keep one adapter.")
     return {**evidence, "verdict": verdict, "headline": headline, "sentences": sentences}
 
 
-def _of_the_pilot(pilot: dict[str, Any] | None, k_reason: str) -> list[str]:
+def _of_the_pilot(pilot: dict[str, Any] | None, k_reason: str, least: float) -> list[str]:
     if pilot is None:
         return [f"The gradients show no groups that pull apart: {k_reason}."]
     d = pilot["difference"]
@@ -48,12 +54,14 @@ def _of_the_pilot(pilot: dict[str, Any] | None, k_reason: str) -> list[str]:
         f"{outcome}: {d['mean']:+.4f} nats of dev loss against one adapter "
         f"(95 % interval {d['low']:+.4f} to {d['high']:+.4f})."
     ]
-    if d["high"] < 0 and not gains(pilot):
+    if d["high"] < 0 and pilot["token_difference"] >= 0:
         sentences.append("The mean over tokens does not show the same gain, so it is not one.")
+    elif d["high"] < 0 and not gains(pilot, least):
+        sentences.append(f"Less than {least:g} nats (diagnosis.min_gain) are not worth {pilot['n_groups']} adapters.")
     return sentences
 
 
-def _of_a_source(row: dict[str, Any], left_out: dict[str, Any] | None) -> str:
+def _of_a_source(row: dict[str, Any], left_out: dict[str, Any] | None, least: float) -> str:
     """What a source's gradients and a training without it say, and what that does not show."""
     name, pull = one_line(row["name"], 40), row["pull_on_others"]
     said = (
@@ -65,7 +73,7 @@ def _of_a_source(row: dict[str, Any], left_out: dict[str, Any] | None) -> str:
         return f"{said}; a training without it was not tried, so whether it does harm is open."
     d = others["difference"]
     measured = f"{d['mean']:+.4f} nats (95 % interval {d['low']:+.4f} to {d['high']:+.4f}, {others['n']} dev rows)"
-    if gains(others):
+    if gains(others, least):
         return f"{said}, and the other sources learn better without it: {measured}."
     return f"{said}, but a training without it does not show that the others would gain: {measured}. Look at its rows."
 
