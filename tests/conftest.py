@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -27,6 +28,12 @@ WORDS = (
 
 @pytest.fixture(scope="session")
 def micro_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import transformers.trainer  # noqa: F401
+
+    import gradientspace.pipeline  # noqa: F401
+
+    # Every training collects garbage; what these imports made need not be looked through each time.
+    gc.freeze()
     return write_micro_model(tmp_path_factory.mktemp("micro-model"))
 
 

@@ -32,3 +32,7 @@ def test_the_peak_is_seen_after_it_has_passed() -> None:
         rows = torch.ones(32 * 2**20)
         del rows
     assert memory.peak_bytes - before > 64 * 2**20
+    assert memory.grown_bytes > 64 * 2**20
+    with PeakMemory() as nothing:
+        pass
+    assert nothing.grown_bytes < 2**20

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.e2e
 @pytest.fixture
 def values(micro_model: Path, micro_mix: Path, tmp_path: Path) -> dict:
     values = micro_values(micro_model, micro_mix, tmp_path)
-    values["data"]["n_validation"] = 150
+    values["data"]["train"][0]["limit"] = 150
+    values["data"]["n_validation"] = 110
     values["clustering"] |= {"target": "plain", "update": "mean"}
     return values
 

@@ -11,7 +11,7 @@ class PeakMemory:
     """Peak resident memory of this process while the block runs, in bytes, sampled every 50 ms."""
 
     def __init__(self, interval: float = 0.05) -> None:
-        self.peak_bytes = 0
+        self.peak_bytes = self._before = 0
         self._interval = interval
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -22,9 +22,14 @@ class PeakMemory:
             self._stop.wait(self._interval)
 
     def __enter__(self) -> PeakMemory:
-        self.peak_bytes = resident_bytes()
+        self.peak_bytes = self._before = resident_bytes()
         self._thread.start()
         return self
+
+    @property
+    def grown_bytes(self) -> int:
+        """What the block held at its peak, beyond what was held before."""
+        return self.peak_bytes - self._before
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()

@@ -47,6 +47,8 @@ _AT_START = frozenset({".lock", "versions.json", ".versions.json.tmp", ".config.
 CHECKPOINTS = "checkpoints"
 """Folder in a resumable stage's partial one in which an interrupted attempt leaves what the next goes on from."""
 SCHEMA = 1
+_LARGE = 64 * 2**20
+"""Bytes; a stage that took less leaves no free memory behind that were worth looking for."""
 
 
 class Run:
@@ -130,7 +132,8 @@ class Run:
                 say(f"{name} ...")
                 with memory:
                     make(partial)
-                return_free_memory()
+                if memory.grown_bytes > _LARGE:  # looking for free memory takes a noticeable part of a second
+                    return_free_memory()
                 sync(partial)
                 files = hashes(partial)
                 clear(target)
