@@ -41,6 +41,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "clustering": clustering_page.part,
     "load": serving_page.load,
     "serving": serving_page.speed,
+    "routers": serving_page.routers,
     "diagnosis": diagnosis_page.verdicts,
     "suspicious rows": diagnosis_page.suspicious,
     "processes": distributed_page.processes,

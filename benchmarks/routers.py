@@ -7,9 +7,8 @@ sample's own gradient cluster (regret, nats), with 95 % bootstrap intervals, and
 that the pipeline uses. Targets beside the cluster: the expert with the lowest loss on dev_a (experts were not trained
 there), and a soft mix, every expert weighted by how well it does there.
 
-The saved router's calibration is shown on dev_b and, where the run was evaluated, on the split of its evaluation, in 10
-bins of equal size beside the range in which the calibration error of a perfectly calibrated router of that size lies in
-95 % of draws.
+The saved router's calibration is shown on dev_b and on the split that the run is evaluated on, in 10 bins of equal size
+beside the range in which the calibration error of a perfectly calibrated router of that size lies in 95 % of draws.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from machine import describe
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from gradientspace.calibration import expected_calibration_error
+from gradientspace.comparison import evaluated_rows
 from gradientspace.data import Sample
 from gradientspace.evaluation import paired_bootstrap
 from gradientspace.grouping import Groups, held_out
@@ -205,17 +204,11 @@ def compare(case: Case, with_fine_tuning: bool) -> dict[str, Any]:
 # --------------------------------------------------------------------------- calibration
 
 
-def of_the_evaluation(run: Run) -> dict[str, Any]:
-    """Calibration on the split that the run was evaluated on."""
-    table = pq.read_table(run.path / "evaluation/samples.parquet")
-    clusters, experts, confidence = (table[name].to_numpy() for name in ("cluster", "expert", "probability"))
-    return calibration(clusters, experts, confidence)
-
-
-def of_dev_b(case: Case) -> dict[str, Any]:
+def of_the_saved_router(case: Case, samples: list[Sample], clusters: np.ndarray) -> dict[str, Any]:
+    """Calibration of the run's own router on these samples and their gradients' clusters (n,)."""
     router = Router.load(case.run.path / "router", encoder=case.job.encoder)
-    probabilities = router.predict_proba([sample.prompt for sample in case.dev_b])
-    return calibration(case.clusters["dev_b"], probabilities.argmax(1), probabilities.max(1))
+    probabilities = router.predict_proba([sample.prompt for sample in samples])
+    return calibration(clusters, probabilities.argmax(1), probabilities.max(1))
 
 
 def calibration(clusters: np.ndarray, experts: np.ndarray, confidence: np.ndarray, draws: int = 2000) -> dict[str, Any]:
@@ -261,10 +254,12 @@ def main() -> None:
     run = Run.open(options.run)
     results: dict[str, Any] = {"machine": describe("scikit-learn"), "run": run.path.name, "split": "dev_b"}
     case = Case(run, options.quick)
-    results["calibration_dev_b"] = of_dev_b(case)
-    if (run.path / "evaluation/samples.parquet").is_file():
-        split = json.loads((run.path / "evaluation/results.json").read_text())["split"]
-        results["calibration"] = {"split": split, **of_the_evaluation(run)}
+    evaluated = Groups.read(run.path / "clustering").held_out[evaluated_rows(case.job)]
+    results["calibration_dev_b"] = of_the_saved_router(case, case.dev_b, case.clusters["dev_b"])
+    results["calibration"] = {
+        "split": run.config.evaluation.split,
+        **of_the_saved_router(case, case.job.evaluated(), evaluated),
+    }
     results["routers"] = compare(case, options.fine_tune and not options.quick)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -1,11 +1,11 @@
-"""The measured parts of docs/serving.md, from `results/load.json` and `results/serving.json`."""
+"""The measured parts of docs/serving.md, from `load.json`, `serving.json` and `routers-*.json` of `results/`."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Any
 
-from wording import measured_on, paragraph, read, table
+from wording import interval, measured_on, paragraph, read, table
 
 SHAPE = "tiny-base"
 ARMS = {
@@ -81,4 +81,33 @@ def speed() -> str:
                 f"{100 * shape['routing_share_of_a_64_token_answer']:.0f} % of one 64-token answer."
             ),
         ]
+    )
+
+
+def routers() -> str:
+    """Every router's agreement, loss and regret on `dev_b` of two runs, and the calibration of the one in use."""
+    parts = []
+    for name, label in (("routers-demo", "The demo"), ("routers-real-mix", "The real mix")):
+        found = read(name)
+        rows = [
+            [router, f"{100 * row['accuracy']:.0f} %", f"{row['loss']:.4f}", interval(row["regret"]),
+             interval(row["minus_logistic"])]
+            for router, row in found["routers"].items()
+        ]  # fmt: skip
+        head = ["router", "right", "loss", "regret", "minus the first"]
+        n = found["calibration_dev_b"]["n"]
+        parts += [
+            f"**{label}** (`benchmarks/results/{name}.json`, {n} prompts of `dev_b`).",
+            table(head, rows),
+            paragraph(f"{_calibrated(found['calibration_dev_b'], 'dev_b')} {_calibrated(found['calibration'])}"),
+        ]
+    return "\n\n".join(parts)
+
+
+def _calibrated(found: dict[str, Any], split: str | None = None) -> str:
+    error, low, high = (found[name] for name in ("calibration_error", "perfect_low", "perfect_high"))
+    return (
+        f"Calibration error of the first on `{split or found['split']}`: {error:.3f}, "
+        f"{'within' if low <= error <= high else 'outside'} the {low:.3f} to {high:.3f} that a perfectly calibrated "
+        f"router of {found['n']} prompts shows."
     )

@@ -2,15 +2,14 @@
 ranks groupings as training does.
 
     python benchmarks/paper/alignment.py examples/real-mix.yaml --seeds 5 --json benchmarks/results/alignment.json
-    python benchmarks/paper/alignment.py examples/real-mix.yaml --train 4 8 --json benchmarks/results/ranking.json
+    python benchmarks/paper/alignment.py benchmarks/paper/real-mix.yaml --train 4 8 --json ranking.json
 
 The table: groupings fitted on `fit`, prompts of `dev` routed, alignment of the uncentred unit gradients of `dev` with
 the mean of the group each is routed to, first order and for a step of unit length (times 1,000), mean and 95 %
 interval over seeds; every seed draws splits, warm-up and clusters anew. Beside them the gain *in loss*: the gradients
 of `dev` as long as they are, and a step of unit length along the group's sum with every token counted once, as
-training counts them. With `--train`, on the config's own seed, the
-experts of every grouping are trained too, and the ranking by alignment is compared with the ranking by `dev` loss.
-`test` is not read. The inner products of all rows are kept (N x N), so that any grouping costs no further gradient.
+training counts them. With `--train`, on the config's own seed, the experts of every grouping are trained too, and the
+ranking by alignment is compared with the ranking by `dev` loss. `test` is not read. The inner products of all rows are kept (N x N), so that any grouping costs no further gradient.
 """
 
 from __future__ import annotations
@@ -328,7 +327,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="K = 1 and 2 only")
     options = parser.parse_args(arguments)
     config = load_config(options.config)
-    results: dict[str, Any] = {"machine": describe("gradientspace"), "config": Path(options.config).name}
+    results: dict[str, Any] = {"machine": describe("gradientspace"), "config": options.config}
     jobs = [prepared(config, config.seed + i) for i in range(options.seeds)]
     if options.train:
         with jobs[0].run.lock():
