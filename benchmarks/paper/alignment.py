@@ -9,7 +9,8 @@ the mean of the group each is routed to, first order and for a step of unit leng
 interval over seeds; every seed draws splits, warm-up and clusters anew. Beside them the gain *in loss*: the gradients
 of `dev` as long as they are, and a step of unit length along the group's sum with every token counted once, as
 training counts them. With `--train`, on the config's own seed, the experts of every grouping are trained too, and the
-ranking by alignment is compared with the ranking by `dev` loss. `test` is not read. The inner products of all rows are kept (N x N), so that any grouping costs no further gradient.
+ranking by alignment is compared with the ranking by `dev` loss. `test` is not read. The inner products of all rows are
+kept (N x N), so that any grouping costs no further gradient.
 """
 
 from __future__ import annotations

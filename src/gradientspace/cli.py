@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
 import signal
 import sys
-import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from gradientspace import __version__, chat
@@ -21,6 +19,7 @@ from gradientspace.errors import ConfigError, GradientSpaceError, LostRankError
 from gradientspace.export import ENGINES
 from gradientspace.ranks import ranks
 from gradientspace.serving import command as serving
+from gradientspace.signals import Terminated, stoppable
 
 _STEPS = {
     "warmup": "train the warm-up adapter",
@@ -48,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from gradientspace.distributed import serve
 
             return serve()
-        with _stoppable(), here.leading():
+        with stoppable(), here.leading():
             return options.handler(options, rest) or 0
     except LostRankError as error:
         if not error.told:
@@ -59,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"gradientspace: error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
-    except _Terminated:
+    except Terminated:
         print("\ngradientspace: terminated; the same command continues where it stopped", file=sys.stderr)
         return 128 + signal.SIGTERM
     except KeyboardInterrupt:
@@ -75,38 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         print(f"gradientspace: internal error: {text} (run again with --debug and report it)", file=sys.stderr)
         return 1
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which stops a command as Ctrl-C does."""
-
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """While the block runs, SIGTERM and Ctrl-C unwind it, even where a library that was interrupted makes an error of
-    its own of it. In a thread, or where somebody else handles a signal, nothing changes.
-    """
-    defaults = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-    ours = {s: default for s, default in defaults.items() if signal.getsignal(s) == default}
-    if threading.current_thread() is not threading.main_thread():
-        ours = {}
-    stopped: list[KeyboardInterrupt] = []
-
-    def stop(number: int, _: object) -> None:
-        stopped.append(_Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
-        raise stopped[-1]
-
-    for number in ours:
-        signal.signal(number, stop)
-    try:
-        yield
-    except Exception as error:
-        if stopped:
-            raise stopped[0] from error
-        raise
-    finally:
-        for number, default in ours.items():
-            signal.signal(number, default)
 
 
 def _parser() -> argparse.ArgumentParser:
