@@ -60,3 +60,11 @@ def test_the_python_runs(finished_run: Run, tmp_path: Path, monkeypatch: pytest.
     for text in (printed, shown):
         assert len(text.splitlines()) == 2
         assert all(shape.fullmatch(line) for line in text.splitlines())
+
+
+def test_the_map_of_the_house_has_every_room() -> None:
+    source = ROOT / "src/gradientspace"
+    rooms = [p.name for p in source.glob("*.py") if not p.name.startswith("__")]
+    rooms += [f"{p.parent.name}/" for p in source.glob("*/__init__.py")]
+    table = (ROOT / "CONTRIBUTING.md").read_text()
+    assert [room for room in rooms if f"{room}`" not in table] == []
