@@ -40,9 +40,7 @@ def load() -> str:
 
 
 def queue(found: dict[str, Any]) -> str:
-    """How the bounded queue did its work; runs from before it was counted do not say."""
-    if "max_requests" not in found:
-        return ""
+    """How the bounded queue did its work."""
     return (
         f"The server was allowed {found['max_requests']} requests at a time: at most {found['running_max']:.0f} were "
         f"accepted at once, at most {found['waiting_max']:.0f} of them waited for the engine, and "
@@ -97,7 +95,7 @@ def routers() -> str:
         head = ["router", "right", "loss", "regret", "minus the first"]
         n = found["calibration_dev_b"]["n"]
         parts += [
-            f"**{label}** (`benchmarks/results/{name}.json`, {n} prompts of `dev_b`).",
+            f"**{label}** (`benchmarks/results/{name}.json`, {n} prompts of `dev_b`; 95 % intervals).",
             table(head, rows),
             paragraph(f"{_calibrated(found['calibration_dev_b'], 'dev_b')} {_calibrated(found['calibration'])}"),
         ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import json
 import math
 import os
@@ -200,6 +201,7 @@ def case(surface: str, *below: Path) -> Iterator[Outcome]:
     count, start = counts[surface], time.process_time()
     before = {number: signal.signal(number, _ring) for number in (signal.SIGPROF, signal.SIGALRM)}
     _set_timers(SECONDS, _LONGEST_WAIT)
+    gc.disable()  # what other tests left behind may end with a clean-up, which is none of this case's doing
     try:
         _watch.active = True
         yield (outcome := Outcome())
@@ -214,6 +216,7 @@ def case(surface: str, *below: Path) -> Iterator[Outcome]:
         ) from error
     finally:
         _watch.active = False
+        gc.enable()
         _set_timers(0, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
