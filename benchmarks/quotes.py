@@ -39,6 +39,7 @@ def routers() -> list[str]:
         f"{neighbours['high']:+.3f})",
         f"a head trained on the best expert of each `dev_a` prompt "
         f"{interval(minus['logistic, best expert on dev_a'], '{:+.3f}')}",
+        f"a soft mix {interval(minus['logistic, soft mix on dev_a'], '{:+.3f}')}",
         f"a ridge onto the experts' losses {interval(minus['ridge, losses on dev_a'], '{:+.3f}')}",
         f"Calibration error {known['calibration_error']:.3f} in ten bins of equal size; a perfectly calibrated router "
         f"of {known['n']} prompts shows {known['perfect_low']:.3f} to {known['perfect_high']:.3f}.",
