@@ -25,6 +25,7 @@ from machine import describe
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
+from gradientspace.assignments import Assignments
 from gradientspace.calibration import expected_calibration_error
 from gradientspace.comparison import evaluated_rows
 from gradientspace.data import Sample
@@ -34,6 +35,7 @@ from gradientspace.inference import Experts, expert_folders
 from gradientspace.job import Job
 from gradientspace.models import padding_id
 from gradientspace.prompts import routing_text
+from gradientspace.recluster import coordinate_labels
 from gradientspace.routable import RoutableMap
 from gradientspace.router import LinearHead, RidgeHead, Router
 from gradientspace.run_folder import Run
@@ -86,6 +88,16 @@ def logistic(case: Case) -> np.ndarray:
 def ridge(case: Case) -> np.ndarray:
     routable = RoutableMap.load(case.run.path / "clustering/routable")
     head = RidgeHead(routable.coefficients_, routable.centres_)
+    return head.predict_scores(case.embeddings["dev_b"]).argmax(1)
+
+
+def own_cluster(case: Case) -> np.ndarray:
+    """Logistic head on the cluster of each fit row's own gradient, not on the group that an expert was trained on."""
+    folder = case.run.path / "clustering"
+    centres = np.asarray(RoutableMap.load(folder / "routable").centres_)
+    labels = coordinate_labels(Assignments.read(folder / "assignments.parquet").coordinates, centres)
+    kept = labels >= 0
+    head = LinearHead.fit(case.embeddings["fit"][kept], labels[kept], case.job.config.seed)
     return head.predict_scores(case.embeddings["dev_b"]).argmax(1)
 
 
@@ -161,12 +173,16 @@ def fine_tuned(case: Case) -> np.ndarray:
 
 ROUTERS: dict[str, Callable[[Case], np.ndarray]] = {
     "logistic, cluster": logistic,
-    "ridge, nearest centroid": ridge,
     "k nearest neighbours, cluster": nearest_neighbours,
     "logistic, best expert on dev_a": best_expert,
     "logistic, soft mix on dev_a": soft_mix,
     "ridge, losses on dev_a": ridge_on_losses,
 }
+ROUTABLE: dict[str, Callable[[Case], np.ndarray]] = {
+    "ridge, nearest centroid": ridge,
+    "logistic, own gradient": own_cluster,
+}
+"""Of clusters of what the prompt predicts only."""
 
 
 def compare(case: Case, with_fine_tuning: bool) -> dict[str, Any]:
@@ -175,8 +191,8 @@ def compare(case: Case, with_fine_tuning: bool) -> dict[str, Any]:
     rows = np.arange(len(losses))
     strata = [sample.domain or sample.source or "all" for sample in case.dev_b]
     routers = ROUTERS | ({"fine-tuned encoder, cluster": fine_tuned} if with_fine_tuning else {})
-    if not (case.run.path / "clustering/routable").is_dir():
-        routers.pop("ridge, nearest centroid")
+    if (case.run.path / "clustering/routable").is_dir():
+        routers |= ROUTABLE
     choices = {name: router(case) for name, router in routers.items()}
     choices["own cluster"] = np.where(known, clusters, 0)
     choices["best expert (oracle)"] = losses.argmin(1)
