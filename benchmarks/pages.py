@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import alignment_page
 import clustering_page
 import data_page
 import diagnosis_page
@@ -39,6 +40,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "results": results_page.part,
     "gradients": gradients_page.part,
     "clustering": clustering_page.part,
+    "alignment": alignment_page.alignments,
     "load": serving_page.load,
     "serving": serving_page.speed,
     "routers": serving_page.routers,

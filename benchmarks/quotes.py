@@ -43,8 +43,8 @@ def routers() -> list[str]:
         f"{interval(minus['logistic, best expert on dev_a'], '{:+.3f}')}",
         f"a soft mix {interval(minus['logistic, soft mix on dev_a'], '{:+.3f}')}",
         f"a ridge onto the experts' losses {interval(minus['ridge, losses on dev_a'], '{:+.3f}')}",
-        f"{interval(own['minus_logistic'])} nats, though it names that cluster for {100 * own['accuracy']:.0f} % of the "
-        f"prompts against {100 * real['logistic, cluster']['accuracy']:.0f} %",
+        f"{interval(own['minus_logistic'])} nats, though it names that cluster for {100 * own['accuracy']:.0f} % of "
+        f"the prompts against {100 * real['logistic, cluster']['accuracy']:.0f} %",
         f"Calibration error {known['calibration_error']:.3f} in ten bins of equal size; a perfectly calibrated router "
         f"of {known['n']} prompts shows {known['perfect_low']:.3f} to {known['perfect_high']:.3f}.",
         f"right on {100 * known['accuracy']:.1f} % and says {100 * known['confidence']:.1f} %",
