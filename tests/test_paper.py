@@ -150,9 +150,7 @@ def _gradients(rows, samples) -> torch.Tensor:
 
 @pytest.mark.benchmark
 @pytest.mark.e2e
-def test_alignment_makes_its_table_and_its_ranking(
-    script, micro_model: Path, micro_mix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_alignment_makes_its_table_and_its_ranking(script, micro_model: Path, micro_mix: Path, tmp_path: Path) -> None:
     config = tmp_path / "mix.yaml"
     config.write_text(GradientSpaceConfig.from_dict(micro_values(micro_model, micro_mix, tmp_path)).to_yaml())
     results = tmp_path / "results.json"
@@ -161,10 +159,9 @@ def test_alignment_makes_its_table_and_its_ranking(
     rows = {(row["k"], row["grouping"]): row for row in json.loads(results.read_text())["table"]}
     assert (1, "single") in rows
     assert all(row["unit_step"]["low"] <= row["unit_step"]["mean"] for row in rows.values())
-    assert len(alignment.GROUPINGS) >= 8
+    assert len(alignment.TRAINED) >= 8
     kept = ("random", "embedding", "routable q=64")
-    monkeypatch.setattr(alignment, "GROUPINGS", {name: alignment.GROUPINGS[name] for name in kept})
-    alignment.main([str(config), "--train", "2", "--json", str(results)])
+    alignment.main([str(config), "--train", "2", "--groupings", *kept, "--json", str(results)])
     ranking = json.loads(results.read_text())
     assert [arm["grouping"] for arm in ranking["arms"]] == list(kept)
     assert -1 <= ranking["spearman"]["K=2"]["unit_step"]["low"] <= 1
