@@ -180,6 +180,29 @@ def test_test_rows_with_a_training_prompt_are_counted(tmp_path):
     check_sums(data.accounting)
 
 
+def test_dev_rows_of_their_own_leave_every_training_row_to_fit(tmp_path):
+    train = write_jsonl(tmp_path / "train.jsonl", alpaca_rows(40))
+    own = [row | {"id": f"d{i}", "instruction": f"held out {i}"} for i, row in enumerate(alpaca_rows(9))]
+    again = [row | {"output": "other"} for row in alpaca_rows(2)]  # ids and prompts of training rows
+    dev = write_jsonl(tmp_path / "dev.jsonl", [*own, *again])
+    test = write_jsonl(tmp_path / "test.jsonl", [own[0] | {"output": "another"}])
+    sources = {
+        name: [SourceConfig(path=str(path))] for name, path in {"train": train, "dev": dev, "test": test}.items()
+    }
+    for streaming in (False, True):
+        data = load(DataConfig(**sources, streaming=streaming), word_tokenizer(), 0)
+        assert len(data.fit) == 40
+        assert sorted([len(data.dev_a), len(data.dev_b)]) == [5, 6]
+        ids = {sample.id for part in (data.dev_a, data.dev_b) for sample in part}
+        assert {f"d{i}" for i in range(9)} < ids
+        assert sum("#" in id for id in ids) == 2
+        assert data.accounting["dev_leaks"]["exact_prompts"] == 2
+        assert data.accounting["leaks"]["exact_prompts"] == 1
+        assert "2 of 11 dev rows have the exact prompt of a row that is trained on" in accounting_table(data.accounting)
+        assert data.accounting["totals"]["dev"]["kept"] == 11
+        check_sums(data.accounting)
+
+
 def test_a_folder_with_test_files_trains_on_none_of_them_and_says_so(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", alpaca_rows(20))
     write_jsonl(tmp_path / "test.jsonl", alpaca_rows(5))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gradientspace.config import DataConfig
 from gradientspace.data.neardup import near_duplicate_groups
-from gradientspace.data.splits import Split, sample_share, split_rows
+from gradientspace.data.splits import Split, halve, sample_share, split_rows
 from gradientspace.errors import DataError
 
 PARTS = ("fit", "dev_a", "dev_b", "test")
@@ -23,9 +23,10 @@ def random_prompts(n: int, seed: int = 0, words: int = 12) -> list[str]:
     return [" ".join("".join(rng.choices(string.ascii_lowercase, k=5)) for _ in range(words)) for _ in range(n)]
 
 
-def split_of(ids, prompts, strata=None, *, seed=0, hold_out_test=True, **options) -> Split:
+def split_of(ids, prompts, strata=None, *, seed=0, hold_out_test=True, hold_out_dev=True, **options) -> Split:
     strata = strata or [None] * len(ids)
-    return split_rows(ids, prompts, strata, DataConfig(**options), seed, hold_out_test=hold_out_test)
+    held_out = {"hold_out_test": hold_out_test, "hold_out_dev": hold_out_dev}
+    return split_rows(ids, prompts, strata, DataConfig(**options), seed, **held_out)
 
 
 def test_parts_have_the_shares_asked_for_and_share_no_row():
@@ -45,6 +46,27 @@ def test_test_is_empty_where_test_rows_come_from_elsewhere():
     split = split_of([f"id{i}" for i in range(100)], random_prompts(100), hold_out_test=False)
     assert not split.test
     assert len(split.fit) == 90
+
+
+def test_all_rows_are_fitted_where_dev_and_test_rows_come_from_elsewhere():
+    split = split_of([f"id{i}" for i in range(100)], random_prompts(100), hold_out_test=False, hold_out_dev=False)
+    assert split.fit == list(range(100))
+    assert not [*split.dev_a, *split.dev_b, *split.test]
+
+
+def test_dev_rows_are_halved_whatever_their_order_and_near_duplicates_share_a_half():
+    ids = [f"id{i}" for i in range(41)]
+    prompts = [f"{prompt} {'again' if i == 7 else ''}" for i, prompt in enumerate([*random_prompts(40), "x"])]
+    prompts[30] = prompts[7].replace("again", "anew")
+    halves = halve(ids, prompts, 0)
+    assert [len(half) for half in halves] == [21, 20]
+    assert sorted([*halves[0], *halves[1]]) == list(range(41))
+    assert any({7, 30} <= set(half) for half in halves)
+    backwards = halve(ids[::-1], prompts[::-1], 0)
+    assert [{ids[::-1][i] for i in half} for half in backwards] == [{ids[i] for i in half} for half in halves]
+    assert halve(ids, prompts, 1) != halves
+    with pytest.raises(DataError, match=r"the 3 usable rows of data.dev, in 1 groups of different prompts, do not"):
+        halve(ids[:3], ["the same prompt here"] * 3, 0)
 
 
 @settings(max_examples=30, deadline=None)

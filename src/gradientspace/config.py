@@ -68,12 +68,14 @@ class SourceConfig:
 class DataConfig:
     train: list[SourceConfig] = field(default_factory=list)
     """The mix. Split by ids and seed into fit and dev."""
+    dev: list[SourceConfig] = field(default_factory=list)
+    """Rows for calibration (one half, dev_a) and for choices (the other, dev_b); empty: `dev_fraction` of the mix."""
     test: list[SourceConfig] = field(default_factory=list)
     """Held-out rows, only ever evaluated; empty: `test_fraction` of the training rows is held out."""
     test_fraction: float = 0.1
     """Share of the training rows held out as test where no test source is named."""
     dev_fraction: float = 0.1
-    """Share of the training rows kept for calibration (dev_a) and for choices (dev_b)."""
+    """Share of the training rows held out as dev where no dev source is named."""
     warmup_fraction: float = 0.05
     """Share of fit that the warm-up adapter is trained on."""
     n_validation: int = 512
@@ -307,7 +309,7 @@ class GradientSpaceConfig:
             raise ConfigError("model.model_name_or_path is missing: give a model folder or a hub id")
         if not self.data.train:
             raise ConfigError("data.train is empty: give at least one source with a path")
-        for i, source in enumerate([*self.data.train, *self.data.test]):
+        for i, source in enumerate([*self.data.train, *self.data.dev, *self.data.test]):
             if not source.path:
                 raise ConfigError(f"data source {i + 1} has no path: give a file, a folder or a hub data set id")
         for key, (low, high) in _RANGES.items():

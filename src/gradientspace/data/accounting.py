@@ -2,9 +2,9 @@
 
 `Dataset.accounting` and `data/accounting.json` hold
 
-    {"schema": 1, "template": {...}, "files": [FILE, ...], "totals": {"train": COUNTS, "test": COUNTS},
+    {"schema": 1, "template": {...}, "files": [FILE, ...], "totals": {"train": COUNTS, ...},
      "splits": {"fit": n, ...}, "tokens": {SPLIT: {...}}, "near_duplicates": {...}, "leaks": {...},
-     "renamed_ids": n, "skipped_files": [...], "warnings": [...]}
+     "dev_leaks": {...}, "renamed_ids": n, "skipped_files": [...], "warnings": [...]}
 
 with FILE = {"split", "source", "file", "mapping", "rows", "kept", "lost", "truncated"}, where `lost` maps a
 reason to {"count", "rows"} whose `rows` are ranges [first, last] of row numbers. In every file and in the

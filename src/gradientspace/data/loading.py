@@ -21,9 +21,9 @@ from gradientspace.data.accounting import (
     totals,
 )
 from gradientspace.data.reading import open_source, skipped_files
-from gradientspace.data.sample import IGNORE_INDEX, Dataset, Sample
+from gradientspace.data.sample import IGNORE_INDEX, PARTS, Dataset, Sample
 from gradientspace.data.shapes import Conversation, conversation, detect_mapping
-from gradientspace.data.splits import sample_share, split_rows
+from gradientspace.data.splits import halve, sample_share, split_rows
 from gradientspace.data.store import SampleWriter, StoredConversations, take
 from gradientspace.data.templates import Encoded, Template
 from gradientspace.errors import ConfigError, DataError
@@ -51,7 +51,7 @@ class _Record:
 
 @dataclass(slots=True)
 class _Loaded:
-    """All that is kept of the train or the test sources."""
+    """All that is kept of the train, the dev or the test sources."""
 
     ids: list[str]
     samples: Sequence[Sample]
@@ -71,29 +71,29 @@ def load(config: DataConfig, tokenizer: Any, seed: int) -> Dataset:
     source's `fields`, `weight` or `limit`) and `ModelError` (a tokenizer without end token or template).
     """
     template = Template(tokenizer, config.template, config.system_prompt)
-    train = _load_side("train", config.train, config, template, seed, set())
-    taken = set(train.ids)
-    test = _load_side("test", config.test, config, template, seed, taken) if config.test else None
-    rows = train.samples
+    sides: dict[str, _Loaded] = {}
+    for side, sources in {"train": config.train, "dev": config.dev, "test": config.test}.items():
+        if sources:
+            taken = {id for other in sides.values() for id in other.ids}
+            sides[side] = _load_side(side, sources, config, template, seed, taken)
+    train = sides["train"]
     split = split_rows(
         train.ids,
         train.prompts,
         train.strata,
         config,
         seed,
-        hold_out_test=test is None,
+        hold_out_test="test" not in sides,
+        hold_out_dev="dev" not in sides,
     )
-    parts = {
-        "fit": take(rows, split.fit),
-        "dev_a": take(rows, split.dev_a),
-        "dev_b": take(rows, split.dev_b),
-        "test": take(rows, split.test) if test is None else test.samples,
-        "warmup": take(rows, split.warmup),
-        "validation": take(rows, split.validation),
-    }
-    sides = {"train": train} | ({"test": test} if test else {})
-    trained = {train.prompts[i] for part in (split.fit, split.dev_a, split.dev_b) for i in part}
-    leaks = [sample.id for sample in parts["test"] if sample.prompt in trained]
+    places = {name: (train, getattr(split, name)) for name in PARTS}
+    if dev := sides.get("dev"):
+        places["dev_a"], places["dev_b"] = ((dev, half) for half in halve(dev.ids, dev.prompts, seed))
+    if test := sides.get("test"):
+        places["test"] = test, range(len(test.ids))
+    parts = {name: take(side.samples, rows) for name, (side, rows) in places.items()}
+    prompts = {name: [(side.ids[i], side.prompts[i]) for i in rows] for name, (side, rows) in places.items()}
+    dev_prompts = [*prompts["dev_a"], *prompts["dev_b"]]
     accounting = {
         "schema": 1,
         "template": template.describe(),
@@ -102,12 +102,22 @@ def load(config: DataConfig, tokenizer: Any, seed: int) -> Dataset:
         "splits": {name: len(part) for name, part in parts.items()},
         "tokens": {name: token_counts(part) for name, part in parts.items()},
         "near_duplicates": split.near_duplicates,
-        "leaks": {"exact_prompts": len(leaks), "ids": leaks},
+        "leaks": _leaks(prompts["test"], [*prompts["fit"], *dev_prompts]),
+        "dev_leaks": _leaks(dev_prompts, prompts["fit"]),
         "renamed_ids": sum(side.renamed for side in sides.values()),
-        "skipped_files": [file for source in [*config.train, *config.test] for file in skipped_files(source)],
+        "skipped_files": [
+            file for source in (*config.train, *config.dev, *config.test) for file in skipped_files(source)
+        ],
     }
     accounting["warnings"] = _warnings(accounting, config)
     return Dataset(**parts, accounting=accounting)
+
+
+def _leaks(held_out: list[tuple[str, str]], seen: list[tuple[str, str]]) -> dict[str, Any]:
+    """The held-out (id, prompt) pairs whose prompt is among those seen."""
+    known = {prompt for _, prompt in seen}
+    ids = [id for id, prompt in held_out if prompt in known]
+    return {"exact_prompts": len(ids), "ids": ids}
 
 
 def _load_side(
@@ -259,6 +269,9 @@ def _warnings(accounting: dict[str, Any], config: DataConfig) -> list[str]:
     leaks, splits = accounting["leaks"]["exact_prompts"], accounting["splits"]
     if leaks:
         warnings.append(f"{leaks} of {splits['test']} test rows have the exact prompt of a training row")
+    if leaks := accounting["dev_leaks"]["exact_prompts"]:
+        n_dev = splits["dev_a"] + splits["dev_b"]
+        warnings.append(f"{leaks} of {n_dev} dev rows have the exact prompt of a row that is trained on")
     if splits["validation"] < config.n_validation:
         warnings.append(
             f"only {splits['validation']} rows for validation gradients, fewer than data.n_validation "

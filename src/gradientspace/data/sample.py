@@ -10,6 +10,9 @@ from typing import Any
 IGNORE_INDEX = -100
 """Label of a token that carries no loss, as in transformers."""
 
+PARTS = ("fit", "dev_a", "dev_b", "test", "warmup", "validation")
+"""The splits of a `Dataset`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -63,7 +66,7 @@ class Dataset:
     def fingerprint(self) -> dict[str, str]:
         """SHA-256 of each split's ids, tokens and labels: equal only for the same samples in the same order."""
         prints = {}
-        for name in ("fit", "dev_a", "dev_b", "test", "warmup", "validation"):
+        for name in PARTS:
             digest = hashlib.sha256()
             for sample in getattr(self, name):
                 digest.update(repr((sample.id, sample.input_ids, sample.labels)).encode())

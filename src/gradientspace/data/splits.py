@@ -1,11 +1,12 @@
 """Which row goes where, decided once from ids and seed alone: the order of the rows changes nothing.
 
-Groups of near-duplicate prompts, in the order of hashes of (seed, smallest id of the group), fill test
-(where it is held out), then dev_a, then dev_b, each group where it still fits; the rest is `fit`. A group
-of more than 1 % of the rows (and 10) is no accident but a template that its prompts share: kept together it
-would leave dev without that kind of prompt, so only exact repetitions stay together in it, and its size is
-reported. The warm-up is drawn from `fit` by hashes of the ids, the same share of every named source; the
-validation samples are drawn likewise, uniformly, from the rest of `fit`.
+Groups of near-duplicate prompts, in the order of hashes of (seed, smallest id of the group), fill test, then
+dev_a, then dev_b, each group where it still fits; the rest is `fit`. Test and dev rows that have sources of their
+own are not taken from the training rows; such dev rows are halved in the same order. A group of more than 1 % of
+the rows (and 10) is no accident but a template that its prompts share: kept together it would leave dev without
+that kind of prompt, so only exact repetitions stay together in it, and its size is reported. The warm-up is drawn
+from `fit` by hashes of the ids, the same share of every named source; the validation samples are drawn likewise,
+uniformly, from the rest of `fit`.
 """
 
 from __future__ import annotations
@@ -46,15 +47,17 @@ def split_rows(
     seed: int,
     *,
     hold_out_test: bool,
+    hold_out_dev: bool,
 ) -> Split:
-    """Split n rows. `ids` are unique; `strata` name the source of each row where the config names it.
+    """Split n rows. `ids` are unique; `strata` name the source of each row where the config names it. A part that is
+    not to be held out stays empty.
 
     Raises `DataError` where the rows do not suffice for one row in every part.
     """
     groups, evidence = _groups(ids, prompts)
-    queue = sorted(groups, key=lambda group: _hash(seed, "split", min(ids[i] for i in group)))
+    queue = _in_order(groups, ids, seed)
     n_test = max(1, round(config.test_fraction * len(ids))) if hold_out_test and config.test_fraction else 0
-    n_dev = max(2, round(config.dev_fraction * (len(ids) - n_test)))
+    n_dev = max(2, round(config.dev_fraction * (len(ids) - n_test))) if hold_out_dev else 0
     test, queue = _fill(queue, n_test)
     dev_a, queue = _fill(queue, (n_dev + 1) // 2)
     dev_b, queue = _fill(queue, n_dev // 2)
@@ -62,9 +65,9 @@ def split_rows(
     warmup = _warmup(fit, ids, strata, max(1, round(config.warmup_fraction * len(fit))), seed)
     rest = sorted(set(fit) - set(warmup), key=lambda i: _hash(seed, "validation", ids[i]))
     validation = sorted(rest[: config.n_validation])
-    parts = {"fit": fit, "dev_a": dev_a, "dev_b": dev_b, "warmup": warmup, "validation": validation}
-    if n_test:
-        parts["test"] = test
+    parts = {"fit": fit, "warmup": warmup, "validation": validation}
+    parts |= {"dev_a": dev_a, "dev_b": dev_b} if hold_out_dev else {}
+    parts |= {"test": test} if n_test else {}
     empty = [name for name, part in parts.items() if not part]
     if empty:
         raise DataError(
@@ -72,6 +75,19 @@ def split_rows(
             "without a row: give more rows"
         )
     return Split(fit, dev_a, dev_b, test, warmup, validation, evidence)
+
+
+def halve(ids: Sequence[str], prompts: Sequence[str], seed: int) -> tuple[list[int], list[int]]:
+    """dev_a and dev_b of n rows of their own, as positions. Raises `DataError` where one of them would be empty."""
+    groups, _ = _groups(ids, prompts)
+    first, rest = _fill(_in_order(groups, ids, seed), (len(ids) + 1) // 2)
+    second = sorted(i for group in rest for i in group)
+    if not first or not second:
+        raise DataError(
+            f"the {len(ids)} usable rows of data.dev, in {len(groups)} groups of different prompts, do not make "
+            "two halves: give more rows"
+        )
+    return first, second
 
 
 def sample_share(ids: Sequence[str], share: float, seed: int) -> set[int]:
@@ -97,6 +113,10 @@ def _groups(ids: Sequence[str], prompts: Sequence[str]) -> tuple[list[list[int]]
         "rows": sum(map(len, together)),
         "rows_of_templates": sum(map(len, templated)),
     }
+
+
+def _in_order(groups: list[list[int]], ids: Sequence[str], seed: int) -> list[list[int]]:
+    return sorted(groups, key=lambda group: _hash(seed, "split", min(ids[i] for i in group)))
 
 
 def _collect(pairs: Iterable[tuple[Any, int]]) -> list[list[int]]:
