@@ -48,6 +48,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "suspicious rows": diagnosis_page.suspicious,
     "processes": distributed_page.processes,
     "dry run": training_page.dry_run,
+    "step": training_page.step,
     "streaming": data_page.streaming,
     "fuzz": security_page.fuzz,
 }

@@ -1,8 +1,8 @@
-"""The measured part of docs/training.md, from `results/preflight-*.json`."""
+"""The measured parts of docs/training.md, from `results/preflight-*.json` and `results/training.json`."""
 
 from __future__ import annotations
 
-from wording import paragraph, read
+from wording import measured_on, paragraph, read, table
 
 RUNS = {"preflight-demo": "the demo", "preflight-real-mix": "the real mix"}
 
@@ -19,6 +19,26 @@ def dry_run() -> str:
         "On an idle machine the estimate was, of what the run then took (`benchmarks/results/preflight-*.json`): "
         f"{'; '.join(parts)}. Short stages can be far off, such as a router whose prompts are encoded by then."
     )
+
+
+def step() -> str:
+    """Speed of a step with the head on supervised positions over one with all logits."""
+    found = read("training")
+    rows = [
+        [
+            f"{cell['vocabulary']:,}",
+            f"{cell['prompt_share']:.0%}",
+            f"{arms['supervised rows']['speed_over_all_logits']:.2f}",
+        ]
+        for cell in found["cells"]
+        for arms in [cell["arms"]]
+    ]
+    size = found["model"]
+    around = (
+        f"Forward and backward of a Llama of {size['num_hidden_layers']} layers and width {size['hidden_size']} "
+        f"(`benchmarks/training.py`, arms interleaved in one run). {measured_on(found['machine'])}"
+    )
+    return "\n\n".join([table(["vocabulary", "prompt", "times as fast"], rows), paragraph(around)])
 
 
 def ratio(stage: dict[str, float]) -> float:

@@ -23,3 +23,13 @@ def test_every_section_runs_and_every_arm_is_exact(tmp_path):
     assert {"engine", "floor", "loop of batch size one", "torch.func vmap"} <= set(arms)
     assert all(arm.get("largest_relative_error", 0) <= 1e-5 for arm in arms.values())
     assert results["machine"]["versions"]["torch"]
+
+
+@pytest.mark.benchmark
+@pytest.mark.e2e
+def test_training_steps_with_and_without_the_prompts_logits_are_timed(tmp_path):
+    path = tmp_path / "results.json"
+    subprocess.run([sys.executable, BENCHMARK.with_name("training.py"), "--quick", "--json", path], check=True)
+    cells = json.loads(path.read_text())["cells"]
+    assert [cell["prompt_share"] for cell in cells] == [0.25, 0.5, 0.75]
+    assert all(set(cell["arms"]) == {"all logits", "supervised rows"} for cell in cells)

@@ -1,7 +1,8 @@
 """Train one adapter on one set of samples: warm-up, shared adapter, experts and baselines alike.
 
 The loop is transformers' `Trainer`; what is here chooses its arguments, pads batches and shows progress.
-`training_checkpoints.py` lets it go on after a kill, `early_stopping.py` ends it when a held-out part says so.
+`completion_loss.py` leaves out the prompt's logits, `training_checkpoints.py` lets it go on after a kill,
+`early_stopping.py` ends it when a held-out part says so.
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ def train_adapter(
     """
     from transformers import PrinterCallback
 
-    from gradientspace.training_checkpoints import ResumableTrainer, latest_checkpoint
+    from gradientspace.completion_loss import CompletionTrainer
+    from gradientspace.training_checkpoints import latest_checkpoint
 
     rate = learning_rate if learning_rate is not None else config.learning_rate
     keep_best = _early_stopping(config, held_out, label)
@@ -126,7 +128,7 @@ def train_adapter(
         callbacks = [*callbacks, _tensorboard(logs)]
     with _folder(checkpoints) as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")  # users can do nothing about it
-        trainer = ResumableTrainer(
+        trainer = CompletionTrainer(
             model=model,
             args=_arguments(config, output_dir=str(folder), **phase),
             train_dataset=_Rows(samples),

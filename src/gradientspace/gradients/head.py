@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gradientspace.device import on_device
 from gradientspace.errors import ModelError
-from gradientspace.gradients.attach import replaced_forwards
+from gradientspace.gradients.attach import eval_mode, replaced_forwards
 from gradientspace.gradients.layers import GradientSink
 from gradientspace.gradients.rows import ConsecutiveRows
 
@@ -208,6 +208,15 @@ class Head:
         if type(self.lm_head) is not nn.Linear:
             return "supervised", f"lm_head is {type(self.lm_head).__name__}, not a plain linear"
         return "chunked", ""
+
+
+def head_selects_rows(causal_lm: Any) -> bool:
+    """Whether lm_head may be given some positions only: is nothing but element-wise work done to its logits?"""
+    find_head = getattr(causal_lm, "get_output_embeddings", None)
+    if find_head is None or find_head() is None:
+        return False
+    with eval_mode(causal_lm):
+        return Head(causal_lm, GradientSink()).mode != "model"
 
 
 def probe_tokens(causal_lm: Any) -> Tensor:
