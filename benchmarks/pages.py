@@ -41,6 +41,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "gradients": gradients_page.part,
     "clustering": clustering_page.part,
     "alignment": alignment_page.alignments,
+    "ranking": alignment_page.ranking,
     "load": serving_page.load,
     "serving": serving_page.speed,
     "routers": serving_page.routers,
