@@ -19,7 +19,9 @@ from gradientspace.demo.skills import (
     SIZES,
     SKILLS,
     TOPICS,
+    Control,
     Record,
+    Split,
     answer,
     check,
     draw_record,
@@ -100,26 +102,28 @@ def test_rows_are_what_their_prompt_says() -> None:
 
 
 @pytest.mark.parametrize("control", CONTROLS)
-def test_train_and_test_share_no_record_and_no_prompt_twice(control: str) -> None:
-    train = generate(SIZES["train"], control=control, split="train")  # pyright: ignore[reportArgumentType]
-    test = generate(SIZES["test"], control=control, split="test")  # pyright: ignore[reportArgumentType]
-    prompts = [row["instruction"] for row in [*train, *test]]
-    assert len(set(prompts)) == len(prompts)
-    assert len({row["id"] for row in [*train, *test]}) == len(prompts)
-    records = [{stated_record(row["instruction"]) for row in rows} for rows in (train, test)]
-    assert not records[0] & records[1]
+def test_splits_share_no_record_and_no_prompt_twice(control: Control) -> None:
+    splits = [generate(n, control=control, split=split) for split, n in SIZES.items()]
+    rows = [row for split in splits for row in split]
+    assert len({row["instruction"] for row in rows}) == len(rows)
+    assert len({row["id"] for row in rows}) == len(rows)
+    records = [{stated_record(row["instruction"]) for row in split} for split in splits]
+    assert sum(map(len, records)) == len(set.union(*records))
 
 
-def test_half_of_the_test_rows_ask_in_words_that_train_never_uses() -> None:
-    def asked_by(row: dict[str, str], unseen: bool) -> bool:
+def test_half_of_the_dev_and_test_rows_ask_in_words_that_no_other_split_uses() -> None:
+    def asked_by(row: dict[str, str], split: Split) -> bool:
         item = stated_record(row["instruction"]).item
         prompt = row["instruction"].lower()
-        return any(p.format(item=item).lower() in prompt for p in phrases(row["domain"], unseen=unseen))
+        return any(p.format(item=item).lower() in prompt for p in phrases(row["domain"], split))
 
-    assert all(asked_by(row, unseen=False) for row in generate(600, split="train"))
-    assert not any(asked_by(row, unseen=True) for row in generate(600, split="train"))
-    share = sum(asked_by(row, unseen=True) for row in generate(480, split="test")) / 480
-    assert 0.4 < share < 0.6
+    assert all(asked_by(row, "train") for row in generate(600, split="train"))
+    held_out: tuple[Split, Split] = ("dev", "test")
+    for split, other in (held_out, held_out[::-1]):
+        rows = generate(480, split=split)
+        assert 0.4 < sum(asked_by(row, split) for row in rows) / 480 < 0.6
+        assert all(asked_by(row, split) or asked_by(row, "train") for row in rows)
+        assert not any(asked_by(row, other) for row in rows)
 
 
 def test_a_phrase_asks_for_one_skill() -> None:
@@ -161,4 +165,4 @@ def test_written_files_hold_the_generated_rows(tmp_path: Path) -> None:
     for split, n in SIZES.items():
         lines = (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
         assert [json.loads(line) for line in lines] == generate(n, control="by-topic", seed=4, split=split)
-    assert sorted(path.name for path in folder.iterdir()) == ["test.jsonl", "train.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == ["dev.jsonl", "test.jsonl", "train.jsonl"]

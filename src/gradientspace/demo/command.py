@@ -11,7 +11,7 @@ from typing import Any
 from gradientspace.cards import LAST_FILE
 from gradientspace.config import GradientSpaceConfig
 from gradientspace.demo.recipe import RECIPE
-from gradientspace.demo.skills import Control, write_data
+from gradientspace.demo.skills import SIZES, Control, write_data
 from gradientspace.progress import Progress, say
 from gradientspace.run_folder import Run
 from gradientspace.tables import render
@@ -59,8 +59,7 @@ def demo_config(name: str, output_dir: Path, base: Path, data: Path, seed: int) 
     values: dict[str, Any] = copy.deepcopy(RECIPE)
     values |= {"name": name, "output_dir": str(output_dir), "seed": seed}
     values["model"] = {"model_name_or_path": str(base)}
-    values["data"]["train"] = [{"path": str(data / "train.jsonl")}]
-    values["data"]["test"] = [{"path": str(data / "test.jsonl")}]
+    values["data"] |= {split: [{"path": str(data / f"{split}.jsonl")}] for split in SIZES}
     values["evaluation"]["baselines"] = ["random", "embedding"]
     return GradientSpaceConfig.from_dict(values)
 

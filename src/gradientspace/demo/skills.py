@@ -27,8 +27,8 @@ from typing import Literal
 Control = Literal["none", "one-skill", "by-topic"]
 CONTROLS: tuple[Control, ...] = ("none", "one-skill", "by-topic")
 SKILLS = ("arithmetic", "code", "finance", "rhyme")
-Split = Literal["train", "test"]
-SIZES: dict[Split, int] = {"train": 2240, "test": 480}
+Split = Literal["train", "dev", "test"]
+SIZES: dict[Split, int] = {"train": 2016, "dev": 480, "test": 480}
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LARGEST_AMOUNT = 9
 
@@ -135,8 +135,8 @@ TOPICS: dict[str, Topic] = {
 }
 
 # A request is an opener, one of its skill's phrases, and sometimes a closing word. The phrase is all that
-# tells the skill. The last `N_UNSEEN` phrases of a skill never occur in `train`; half of the test rows use
-# one: people do not keep to the wordings of a training set.
+# tells the skill. Of a skill's phrases the last `N_UNSEEN` occur in no split but `test`, as many before them in
+# none but `dev`, and half of those rows use one: people do not keep to the wordings of a training set.
 N_UNSEEN = 6
 OPENERS = (
     "", "Please", "Now", "For the {person},", "At the {place},", "Could you", "The {person} asks you to",
@@ -157,6 +157,12 @@ REQUESTS: dict[str, tuple[str, ...]] = {
         "compute the sum of the {item}",
         "total the {item}, showing the addition",
         "do the sum with the {item}",
+        "see what the {item} add up to",
+        "bring the {item} to a grand sum",
+        "join the {item} figures with a plus sign",
+        "give the overall number of {item}",
+        "sum up both entries for {item}",
+        "do the maths and add the {item}",
         "how much do the {item} come to in sum",
         "tally the {item}",
         "put both counts of {item} together",
@@ -177,6 +183,12 @@ REQUESTS: dict[str, tuple[str, ...]] = {
         "express the {item} as a computer program",
         "implement the {item} in Python",
         "write a for loop in code for the {item}",
+        "type the {item} as Python statements",
+        "code up an iteration over the {item}",
+        "write the {item} for the interpreter to run",
+        "show how a programmer loops over {item}",
+        "create a program for the {item}",
+        "translate the {item} to computer code",
         "automate the {item} with a small script",
         "make the {item} executable in Python syntax",
         "have software iterate over the {item}",
@@ -197,6 +209,12 @@ REQUESTS: dict[str, tuple[str, ...]] = {
         "look up the accounting entry for the {item}",
         "tell the auditor the {item} balance",
         "give the {item} budget figure in money",
+        "enter the {item} as debit and credit",
+        "state the {item} position in the books",
+        "give the investors the {item} figure",
+        "say how the {item} stand in the cash account",
+        "file the {item} with the annual report",
+        "quote the {item} from the income statement",
         "tell the shareholders about the {item} earnings",
         "give the bookkeeper's entry for the {item}",
         "report the {item} for the tax return",
@@ -217,6 +235,12 @@ REQUESTS: dict[str, tuple[str, ...]] = {
         "make the {item} rhyme in a verse",
         "compose a lyric for the {item}",
         "give the {item} a poem",
+        "tell of the {item} in rhymes",
+        "chant a verse for the {item}",
+        "pen a small poem around the {item}",
+        "turn the {item} into a song",
+        "let two lines about the {item} rhyme",
+        "write lyrics to the {item}",
         "make the {item} into a jingle",
         "write a limerick about the {item}",
         "praise the {item} in verse",
@@ -281,9 +305,11 @@ def scene(topic: Topic, rng: random.Random) -> tuple[str, dict[str, str]]:
     return rng.choice(topic.scenes).format(**cast), cast
 
 
-def phrases(skill: str, *, unseen: bool) -> tuple[str, ...]:
-    """The phrases that ask for `skill`: those that `train` never uses, or the others."""
-    return REQUESTS[skill][-N_UNSEEN:] if unseen else REQUESTS[skill][:-N_UNSEEN]
+def phrases(skill: str, split: Split) -> tuple[str, ...]:
+    """The phrases that ask for `skill`: those of `train`, or those that `dev` or `test` has to itself."""
+    seen, end = len(REQUESTS[skill]) - 2 * N_UNSEEN, len(REQUESTS[skill])
+    places = {"train": (0, seen), "dev": (seen, end - N_UNSEEN), "test": (end - N_UNSEEN, end)}
+    return REQUESTS[skill][slice(*places[split])]
 
 
 def request(phrase: str, item: str, cast: dict[str, str], rng: random.Random) -> str:
@@ -301,9 +327,10 @@ def _cells(control: Control) -> list[tuple[str, str]]:
     return [(skill, topic) for skill in SKILLS for topic in TOPICS]
 
 
-def _is_test(record: Record, seed: int) -> bool:
-    """Whether a record belongs to the test rows: about one in five, by a hash of all that it says."""
-    return zlib.crc32(f"{seed}/{record.text()}".encode()) % 5 == 0
+def _split_of(record: Record, seed: int) -> Split:
+    """Whose record it is, by a hash of all that it says: about a fifth each for `dev` and `test`."""
+    fifth = zlib.crc32(f"{seed}/{record.text()}".encode()) % 5
+    return "test" if fifth == 0 else "dev" if fifth == 1 else "train"
 
 
 def rows(control: Control, seed: int, split: Split) -> Iterator[dict[str, str]]:
@@ -317,10 +344,10 @@ def rows(control: Control, seed: int, split: Split) -> Iterator[dict[str, str]]:
             topic, row = TOPICS[name], None
             while row is None or row["instruction"] in seen:
                 record = draw_record(topic, rng)
-                while _is_test(record, seed) != (split == "test"):
+                while _split_of(record, seed) != split:
                     record = draw_record(topic, rng)
                 opening, cast = scene(topic, rng)
-                phrase = rng.choice(phrases(skill, unseen=split == "test" and rng.random() < 0.5))
+                phrase = rng.choice(phrases(skill, split if rng.random() < 0.5 else "train"))
                 wish = request(phrase, record.item, cast, rng)
                 row = {
                     "id": f"{split}-{len(seen):05d}",
@@ -337,7 +364,7 @@ def generate(n: int, *, control: Control = "none", seed: int = 0, split: Split =
     """The first `n` rows of a split: id, instruction, output; to judge by, domain (skill), source (topic).
 
     The grid's cells come equally often. No prompt appears twice, and no record (item, amounts and brackets)
-    of `test` appears in `train`. The same arguments give the same rows on every machine.
+    of one split appears in another. The same arguments give the same rows on every machine.
     """
     return list(itertools.islice(rows(control, seed, split), n))
 
@@ -348,7 +375,7 @@ def check(row: dict[str, str], answer: str) -> bool:
 
 
 def write_data(folder: Path, control: Control, seed: int) -> Path:
-    """Write train.jsonl and test.jsonl into `folder`; returns it."""
+    """Write train.jsonl, dev.jsonl and test.jsonl into `folder`; returns it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for split, n in SIZES.items():
