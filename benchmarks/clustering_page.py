@@ -137,7 +137,7 @@ def cost(cells: dict[str, Any]) -> str:
     return (
         f"**Cost.** At D = {beside['dim']:,}, K = 8 a gradient takes {beside['gradient_ms']:.1f} ms, clustering it "
         f"{beside['clustering_ms']:.2f} ms: {100 * beside['share']:.1f} % ({beside['n']} samples of "
-        f"{beside['tokens']} tokens, {threads} of a busy machine). Resident memory grew along the stream by {grown}."
+        f"{beside['tokens']} tokens, {threads}). Resident memory grew along the stream by {grown}."
     )
 
 

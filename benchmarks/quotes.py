@@ -29,7 +29,7 @@ def diagnosis() -> list[str]:
 
 
 def routers() -> list[str]:
-    """Losses of other routers on the demo and the real mix, and the calibration of the one in use on the demo."""
+    """Losses of other routers on the demo and the real mix, and the calibration of the one in use."""
     found = read("routers-demo")
     minus = {name: router["minus_logistic"] for name, router in found["routers"].items()}
     real, mix = (read("routers-real-mix")[part] for part in ("routers", "calibration"))
@@ -45,11 +45,10 @@ def routers() -> list[str]:
         f"a ridge onto the experts' losses {interval(minus['ridge, losses on dev_a'], '{:+.3f}')}",
         f"{interval(own['minus_logistic'])} nats, though it names that cluster for {100 * own['accuracy']:.0f} % of "
         f"the prompts against {100 * real['logistic, cluster']['accuracy']:.0f} %",
-        f"Calibration error {known['calibration_error']:.3f} in ten bins of equal size; a perfectly calibrated router "
-        f"of {known['n']} prompts shows {known['perfect_low']:.3f} to {known['perfect_high']:.3f}.",
-        f"right on {100 * known['accuracy']:.1f} % and says {100 * known['confidence']:.1f} %",
-        f"On the real mix it is {mix['calibration_error']:.3f}, a little outside {mix['perfect_low']:.3f} to "
-        f"{mix['perfect_high']:.3f}",
+        f"Calibration error {mix['calibration_error']:.3f} in ten bins of equal size; a perfectly calibrated router "
+        f"of {mix['n']} prompts shows {mix['perfect_low']:.3f} to {mix['perfect_high']:.3f}.",
+        f"With dev rows of its own it is {known['calibration_error']:.3f}, within {known['perfect_low']:.3f} to "
+        f"{known['perfect_high']:.3f}.",
     ]
 
 
