@@ -11,9 +11,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradientspace.data import IGNORE_INDEX
 from gradientspace.gradients.attach import replaced_forwards
-from gradientspace.gradients.head import head_selects_rows
+from gradientspace.gradients.head import Supervision, head_selects_rows
 from gradientspace.training_checkpoints import ResumableTrainer
 
 
@@ -34,7 +33,7 @@ class CompletionTrainer(ResumableTrainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self.lm_head is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        rows = (next_tokens(inputs["labels"]) != IGNORE_INDEX).nonzero().squeeze(1)
+        rows = Supervision.from_labels(inputs["labels"], "sum").rows
         whole = self.lm_head.forward
 
         def of_supervised_rows(hidden: Tensor) -> Tensor:
@@ -44,18 +43,12 @@ class CompletionTrainer(ResumableTrainer):
             return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
 
 
-def next_tokens(labels: Tensor) -> Tensor:
-    """(b * T,) the label that each position predicts, -100 where none, from labels (b, T)."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
-
-
 def completion_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
     """Cross-entropy in nats, in float32: `outputs.logits` (1, n, V) are of the n supervised positions of labels (b, T).
 
     Their sum by the number of supervised tokens of the whole step, which the Trainer counts; their mean without it.
     """
-    targets = next_tokens(labels)
-    targets = targets[targets != IGNORE_INDEX]
+    targets = Supervision.from_labels(labels, "sum").targets
     logits = outputs.logits.flatten(0, 1).float()
     if num_items_in_batch is None:
         return F.cross_entropy(logits, targets)
