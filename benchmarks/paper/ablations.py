@@ -5,7 +5,8 @@
     python benchmarks/paper/ablations.py --list
 
 Each item writes `benchmarks/results/ablations/ITEM.json`. Killed and started again, it goes on: variants are ordinary
-runs under `runs/ablations`, and stages that variants have in common (mostly warm-up and gradients) are made once.
+runs under `runs/ablations`, and stages that they have in common with each other or with the main table's runs (mostly
+warm-up, one adapter and shared adapter) are made once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from common import RESULTS, ROOT, describe, write_results
 
 from gradientspace.config import GradientSpaceConfig, load_config
+from gradientspace.run_folder import Run
 from gradientspace.study import entries, run_configs, table
 from gradientspace.tables import render, study_rows
 
@@ -31,7 +33,7 @@ ITEMS: dict[str, list[dict[str, Any]]] = {
     "shared_share": [{"experts.shared_share": share} for share in (0.25, 0.5, 0.75)],
     "target": [{"clustering.target": target} for target in ("routable", "plain")],
     "components": [{"clustering.n_components": q} for q in (16, 64, 256)],
-    "ridge": [{"clustering.ridge": ridge} for ridge in (0.1, 1.0, 10.0)],
+    "ridge": [{"clustering.ridge": ridge} for ridge in ("auto", 1.0, 100.0)],
     "cache": [{**PLAIN, "clustering.cache_size": n} for n in (8, 32, 128)],
     "momentum": [{**PLAIN, "clustering.momentum": m} for m in (0.03, 0.1, 0.3)],
     "update": [{**PLAIN, "clustering.update": rule} for rule in ("svd", "mean", "running")],
@@ -40,6 +42,7 @@ ITEMS: dict[str, list[dict[str, Any]]] = {
     "validation": [{"data.n_validation": m} for m in (128, 512, 1024)],
     "rank": [{"lora.lora_r": r, "lora.lora_alpha": 2 * r} for r in (4, 8, 16)],
     "projection": [{"evaluation.baselines": WIDTHS, "gradients.projection_dim": 8192}],
+    "compute": [{"evaluation.baselines": ["single-long"]}],
 }
 
 
@@ -56,7 +59,7 @@ def variants(item: str, config: Path, output_dir: str) -> list[GradientSpaceConf
 
 
 def short(value: Any) -> str:
-    return "widths" if isinstance(value, list) else str(value)
+    return "methods" if isinstance(value, list) else str(value)
 
 
 def main() -> None:
@@ -66,6 +69,8 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--output-dir", default="runs/ablations")
+    parser.add_argument("--lenders", nargs="*", default=sorted(ROOT.glob("runs/real-mix-seed*")), metavar="RUN",
+                        help="other runs whose stages may be taken; default: the main table's")  # fmt: skip
     parser.add_argument("--json-dir", type=Path, default=RESULTS / "ablations")
     options = parser.parse_args()
     if options.list:
@@ -74,8 +79,10 @@ def main() -> None:
     unknown = [item for item in options.items if item not in ITEMS]
     if unknown:
         parser.error(f"unknown item {unknown[0]!r}: known are {', '.join(ITEMS)}")
+    lenders = [Run.open(folder) for folder in options.lenders]
     for item in options.items or ITEMS:
-        runs = run_configs(variants(item, options.config, options.output_dir), seeds=options.seeds, split="dev_b")
+        asked = variants(item, options.config, options.output_dir)
+        runs = run_configs(asked, seeds=options.seeds, split="dev_b", lenders=lenders)
         found = table(entries(runs))
         print(f"\n{item}\n{render(*study_rows(found))}\n")
         write_results(options.json_dir / f"{item}.json", {**found, "item": item, "machine": describe("transformers")})

@@ -194,7 +194,7 @@ def _as_routed(grouping: Grouping) -> Grouping:
 
 def _routable_in_loss(q: int) -> Grouping:
     def group(rows: Rows, k: int) -> tuple[np.ndarray, np.ndarray]:
-        found = RoutableMap(k, random_state=rows.seed).fit(rows.embeddings, rows.in_loss(q))
+        found = RoutableMap(k, alpha=1.0, random_state=rows.seed).fit(rows.embeddings, rows.in_loss(q))
         return rows.routed(np.asarray(found.labels_))
 
     return group

@@ -15,7 +15,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from common import RESULTS, ROOT, read_table
+from common import BY_METHOD, RESULTS, ROOT, read_table
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -155,8 +155,8 @@ def ablations(folder: Path) -> tuple[Figure, Rows]:
     for path in sorted((folder / "ablations").glob("*.json")):
         for name, method in read_table(path)["methods"].items():
             variant, _, kind = name.rpartition("/")
-            if kind == "gradientspace" or path.stem == "projection":
-                shown = kind if path.stem == "projection" else variant.split("-dev_b")[0].removeprefix(f"{path.stem}-")
+            if kind in BY_METHOD.get(path.stem, ("gradientspace",)):
+                shown = kind if path.stem in BY_METHOD else variant.split("-dev_b")[0].removeprefix(f"{path.stem}-")
                 rows.append({"item": path.stem, "variant": shown, **method["overall"]["loss"]})
     if not rows:
         raise FileNotFoundError(folder / "ablations")
