@@ -27,7 +27,7 @@ from machine import describe
 from gradientspace.config import GradientSpaceConfig
 from gradientspace.demo.base import build_base
 from gradientspace.demo.command import demo_config
-from gradientspace.demo.skills import generate, write_data
+from gradientspace.demo.skills import SIZES, generate, write_data
 from gradientspace.diagnosis import diagnose
 from gradientspace.diagnosis.survey import survey_gradients
 from gradientspace.diagnosis.suspicious import DEVIATIONS, suspicion
@@ -119,7 +119,7 @@ def shuffled(options: argparse.Namespace, seed: int = SEED) -> dict[str, Any]:
     """The demo with 5 % of the answers passed around."""
     name = "shuffled" if seed == SEED else f"shuffled-seed{seed}"
     config = demo_arm(options, "none", name, seed)
-    rows = generate(2240, seed=seed)
+    rows = generate(SIZES["train"], seed=seed)
     wrong = pass_answers_around(rows, random.Random(seed))
     path = options.folder / f"demo-assets/{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

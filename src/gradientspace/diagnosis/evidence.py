@@ -91,14 +91,14 @@ def _alignment_row(
 ) -> dict[str, Any]:
     """Held-out routed alignment with intervals over the probe rows, and its gain over one adapter."""
     first, unit = routed_alignment(survey, candidate, reference, probe)
-    base, _ = routed_alignment(survey, single, reference, probe)
+    _, base = routed_alignment(survey, single, reference, probe)
     strata = [""] * len(probe)
     return {
         "name": candidate.name,
         "n_groups": candidate.n_groups,
         "first_order": paired_bootstrap(first, strata),
         "unit_step": paired_bootstrap(unit, strata),
-        "over_one_adapter": paired_bootstrap(first - base, strata),
+        "over_one_adapter": paired_bootstrap(unit - base, strata),
     }
 
 

@@ -95,11 +95,11 @@ def text(found: dict[str, Any], folder: Path) -> str:
 def _alignment(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for row in found["alignment"]:
-        first, gain = row["first_order"], row["over_one_adapter"]
-        interval = "" if row["name"] == "one adapter" else f"{1e3 * gain['low']:+.1f} to {1e3 * gain['high']:+.1f}"
-        rows.append([row["name"], str(row["n_groups"]), f"{1e3 * first['mean']:.1f}", interval,
-                     f"{1e3 * row['unit_step']['mean']:.0f}"])  # fmt: skip
-    return ["grouping", "K", "first order", "over one adapter", "unit step"], rows
+        unit, gain = row["unit_step"], row["over_one_adapter"]
+        interval = "" if row["name"] == "one adapter" else f"{1e3 * gain['low']:+.0f} to {1e3 * gain['high']:+.0f}"
+        rows.append([row["name"], str(row["n_groups"]), f"{1e3 * unit['mean']:.0f}", interval,
+                     f"{1e3 * row['first_order']['mean']:.1f}"])  # fmt: skip
+    return ["grouping", "K", "unit step", "over one adapter", "first order"], rows
 
 
 def _cosines(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
