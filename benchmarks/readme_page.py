@@ -1,6 +1,7 @@
 """The README's result, from `results/demo.json`.
 
-gradientspace compare runs/demo/config.yaml --seeds 3 --json benchmarks/results/demo.json
+gradientspace compare runs/demo/config.yaml --seeds 3 --evaluation.baselines '[random, embedding, single-long]' \\
+    --json benchmarks/results/demo.json
 """
 
 from __future__ import annotations

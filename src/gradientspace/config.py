@@ -186,7 +186,7 @@ class ClusteringConfig:
     processes a larger number exchanges centroids less often; it, and not their number, decides the result."""
     n_init: int = 30
     """Restarts of spherical k-means."""
-    ridge: float | Literal["auto"] = 1.0
+    ridge: float | Literal["auto"] = "auto"
     """Penalty of the ridge regression from prompt embeddings to gradient coordinates (routable); `auto`: of nine
     from 0.1 to 1000 the one whose out-of-fold predictions explain most."""
     settle: Literal["none", "coordinates", "exact"] = "none"

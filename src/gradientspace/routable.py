@@ -73,9 +73,9 @@ class RoutedPrediction:
 class RoutableMap:
     """Prompt embedding -> predicted gradient coordinates -> cluster.
 
-    Parameters: `n_clusters` K; `alpha` ridge penalty, embeddings taken as they come, or "auto": of `ALPHAS` the one
-    whose out-of-fold predictions explain most; `n_folds` for the out-of-fold predictions; `n_init` k-means restarts;
-    `random_state`.
+    Parameters: `n_clusters` K; `alpha` ridge penalty, embeddings taken as they come, or "auto" (the default): of
+    `ALPHAS` the one whose out-of-fold predictions explain most; `n_folds` for the out-of-fold predictions; `n_init`
+    k-means restarts; `random_state`.
 
     After `fit`: `labels_` (N,) from out-of-fold predictions (-1 where the row was not usable), `predictions_`
     (N, q) out of fold, `coefficients_` (e + 1, q) from all rows, `centres_` (K, q) unit length, `explained_`
@@ -87,7 +87,7 @@ class RoutableMap:
         self,
         n_clusters: int,
         *,
-        alpha: float | Literal["auto"] = 1.0,
+        alpha: float | Literal["auto"] = "auto",
         n_folds: int = 5,
         n_init: int = 10,
         min_cluster_size: int = 1,
