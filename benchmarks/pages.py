@@ -42,6 +42,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "results": results_page.part,
     "cost of an answer": paper_page.cost,
     "theory": paper_page.theory,
+    "quadratics": paper_page.quadratics,
     "similarity": paper_page.similarity,
     "ablations": paper_page.ablations,
     "gradients": gradients_page.part,

@@ -12,7 +12,7 @@ from results_table import RESULTS, read_table
 from wording import interval, paragraph
 from wording import table as markdown
 
-SHOWN = {"single": "one LoRA on the mix", "random": "random groups", "embedding": "embedding clusters",
+SHOWN = {"single": "one LoRA on the mix", "single-long": "one LoRA, four times the tokens", "random": "random groups", "embedding": "embedding clusters",
          "gradientspace": "**GradientSpace, routed**", "oracle": "best expert a prompt (oracle)"}  # fmt: skip
 
 MAIN = {"single": "one LoRA on the mix", "single-wide": "one LoRA of K times the rank", "random": "random groups",

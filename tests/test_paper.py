@@ -101,7 +101,7 @@ def test_every_figure_comes_from_results_files(script, finished_run: Run, tmp_pa
     theory = script("theory").measure_gradients(finished_run, limit=30)
     assert theory["lemma1"]["relative_error"] < 1e-12
     assert theory["theorem2"]["random"]["low"] <= theory["theorem2"]["expected_of_random"] * 3
-    (tmp_path / "theory.json").write_text(json.dumps(theory))
+    (tmp_path / "theory-micro.json").write_text(json.dumps(theory))
     row = {"decide_ms": 1.0, "generate_ms": 2.0}
     (tmp_path / "inference-cost.json").write_text(json.dumps({"methods_cost": {"gradientspace": row}}))
     missing = script("figures").draw(tmp_path, tmp_path / "figures")

@@ -28,7 +28,7 @@ PLAIN = {"clustering.target": "plain"}
 NO_BASELINES = {"evaluation.baselines": [], "gradients.projection_dim": 0, "evaluation.inference_modes": ["oracle"]}
 WIDTHS = ["plain", "less", "projection-2048", "projection-512"]
 ITEMS: dict[str, list[dict[str, Any]]] = {
-    "k": [{"clustering.n_clusters": k} for k in (2, 4, 8, 16, 32)],
+    "k": [{"clustering.n_clusters": k} for k in (2, 4, 8, 16)],
     "start": [{"experts.start": start} for start in ("shared", "warmup", "fresh")],
     "shared_share": [{"experts.shared_share": share} for share in (0.25, 0.5, 0.75)],
     "target": [{"clustering.target": target} for target in ("routable", "plain")],
@@ -40,6 +40,7 @@ ITEMS: dict[str, list[dict[str, Any]]] = {
     "centring": [{"clustering.center": center} for center in (True, False)],
     "warmup": [{"data.warmup_fraction": share} for share in (0.05, 0.1, 0.2)],
     "validation": [{"data.n_validation": m} for m in (128, 512, 1024)],
+    "steps": [{"training.num_train_epochs": epochs} for epochs in (2, 4)],
     "rank": [{"lora.lora_r": r, "lora.lora_alpha": 2 * r} for r in (4, 8, 16)],
     "projection": [{"evaluation.baselines": WIDTHS, "gradients.projection_dim": 8192}],
     "compute": [{"evaluation.baselines": ["single-long"]}],

@@ -139,11 +139,15 @@ def cost(folder: Path) -> tuple[Figure, Rows]:
 
 def variance(folder: Path) -> tuple[Figure, Rows]:
     """Theorem 2: the variance reduction on held-out gradients beside random groups of the same sizes."""
-    found = read_json(folder / "theory.json")["theorem2"]
-    rows = [{"groups": name, "reduction": value} for name, value in found["reduction"].items()]
-    rows.append({"groups": "random", "reduction": found["random"]["mean"]})
-    figure, axis = plt.subplots(figsize=(5, 2))
-    axis.barh([r["groups"] for r in rows], [100 * r["reduction"] for r in rows], color=COLOURS[0])
+    rows: Rows = []
+    for path in sorted(folder.glob("theory-*.json")):
+        found, run = read_json(path)["theorem2"], path.stem.removeprefix("theory-")
+        groups = {**found["reduction"], "random": found["random"]["mean"]}
+        rows += [{"run": run, "groups": name, "reduction": value} for name, value in groups.items()]
+    if not rows:
+        raise FileNotFoundError(folder / "theory-*.json")
+    figure, axis = plt.subplots(figsize=(5.5, 0.4 * len(rows) + 0.8))
+    axis.barh([f"{r['run']}: {r['groups']}" for r in rows], [100 * r["reduction"] for r in rows], color=COLOURS[0])
     axis.invert_yaxis()
     axis.set_xlabel("variance lower than the mixture's (%)")
     return figure, rows

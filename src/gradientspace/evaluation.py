@@ -121,7 +121,11 @@ def verdict(results: dict[str, Any]) -> list[str]:
             f"Routing to one of {k} experts makes no clear difference {against}: {figures}.",
             "Verdict: keep one adapter.",
         ]
-    first = f"Routing each prompt to one of {k} experts gains {figures} {against}."
+    # The interval is of other prompts. Another training of the same rows is not in it.
+    first = (
+        f"Routing each prompt to one of {k} experts gains {figures} {against}. "
+        "Whether other seeds agree: gradientspace compare CONFIG --seeds 3."
+    )
     if not generated and not all(comparison[name] < 0 for name in ("token_loss", "domain_mean_token_loss")):
         return [first, "Verdict: undecided, the mean over tokens does not show the same gain as the mean over samples."]
     return [first, f"Verdict: split into {k}."]
