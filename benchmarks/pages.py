@@ -38,13 +38,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 HISTORY = ROOT / "docs/negative-results.md"
 PARTS: dict[str, Callable[[], str]] = {
     "demo": readme_page.part,
-    "real mix": readme_page.real_mix,
     "results": results_page.part,
-    "cost of an answer": paper_page.cost,
     "theory": paper_page.theory,
     "quadratics": paper_page.quadratics,
-    "similarity": paper_page.similarity,
-    "ablations": paper_page.ablations,
     "gradients": gradients_page.part,
     "clustering": clustering_page.part,
     "alignment": alignment_page.alignments,

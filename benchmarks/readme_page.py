@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from results_table import RESULTS, read_table
-from wording import interval, paragraph
+from wording import interval, paragraph, read
 from wording import table as markdown
 
-SHOWN = {"single": "one LoRA on the mix", "single-long": "one LoRA, four times the tokens", "random": "random groups", "embedding": "embedding clusters",
+SHOWN = {"single": "one LoRA on the mix", "single-long": "one LoRA, four times the tokens",
+         "random": "random groups", "embedding": "embedding clusters",
          "gradientspace": "**GradientSpace, routed**", "oracle": "best expert a prompt (oracle)"}  # fmt: skip
 
 MAIN = {"single": "one LoRA on the mix", "single-wide": "one LoRA of K times the rank", "random": "random groups",
@@ -46,7 +47,21 @@ def part() -> str:
             f"{rand(ours, 'domain')}; with the topics {rand(ours, 'source')}), "
             f"embedding clusters with the topics ({rand(embedding, 'source')}; with the skills "
             f"{rand(embedding, 'domain')}).",
+            "",
+            wordings(),
         ]
+    )
+
+
+def wordings() -> str:
+    """Where the gain is: in wordings that training never used."""
+    found = read("demo-wordings")["exact_match"]
+    familiar, new = ({m: f"{100 * v:.1f} %" for m, v in found[part].items()} for part in ("familiar", "new"))
+    return paragraph(
+        "Half of these prompts ask in wordings that training never used, and that is where the gain is. There one LoRA "
+        f"is right on {new['single']}, with four times the tokens on {new['single-long']}, routed experts on "
+        f"{new['gradientspace']}; in familiar wordings on {familiar['single']}, {familiar['single-long']} and "
+        f"{familiar['gradientspace']}."
     )
 
 

@@ -126,3 +126,20 @@ def test_an_interrupted_base_starts_again_and_ends_with_the_same_bytes(base: Pat
 def test_another_seed_makes_another_base(base: Path, tmp_path: Path) -> None:
     other = build_base(tmp_path / "other", seed=1, settings=TINY)
     assert (other / "model.safetensors").read_bytes() != (base / "model.safetensors").read_bytes()
+
+
+def test_the_demo_works_on_one_thread_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Sums on another number of threads are in another order: another base, and other numbers than the README's."""
+    from gradientspace import pipeline
+    from gradientspace.demo import base, command
+
+    threads, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(base, "build_base", lambda folder, *rest: seen.append(torch.get_num_threads()) or folder)
+    monkeypatch.setattr(pipeline, "run", lambda config: seen.append(torch.get_num_threads()))
+    torch.set_num_threads(2)
+    try:
+        command._run("none", "demo", tmp_path, 0)
+        assert seen == [1, 1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
