@@ -41,6 +41,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "results": results_page.part,
     "theory": paper_page.theory,
     "quadratics": paper_page.quadratics,
+    "ablations": paper_page.ablations,
     "gradients": gradients_page.part,
     "clustering": clustering_page.part,
     "alignment": alignment_page.alignments,
