@@ -127,17 +127,24 @@ def ablations(folder: Path = RESULTS / "ablations") -> str:
     return "\n\n".join(parts)
 
 
+def minus_single(found: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """Loss of a method minus that of one adapter of its own variant: the paired difference, `None` for that adapter.
+
+    One adapter that is the same in all variants is in the table once, as the first one's.
+    """
+    variant = name.rpartition("/")[0]
+    pair = found["comparisons"].get(f"{name} - {variant}/single") or found["methods"][name].get("difference")
+    return pair["loss"] if pair else None
+
+
 def _variants(item: str, found: dict[str, Any]) -> str:
     pairs, rows = found["comparisons"], []
     names = [name for name in found["methods"] if name.endswith("/gradientspace")]
     for name in names:
-        variant = name.rpartition("/")[0]
-        # One adapter that is the same in all variants is in the table once, as the first one's.
-        single = pairs.get(f"{name} - {variant}/single") or found["methods"][name]["difference"]
-        first = pairs.get(f"{name} - {names[0]}")
-        label = variant.split("-dev_b")[0].removeprefix(f"{item}-")
-        rows.append([label, f"{found['methods'][name]['overall']['loss']['mean']:.4f}", interval(single["loss"]),
-                     interval(first["loss"]) if first else ""])  # fmt: skip
+        single, first = minus_single(found, name), pairs.get(f"{name} - {names[0]}")
+        label = name.split("-dev_b")[0].removeprefix(f"{item}-")
+        rows.append([label, f"{found['methods'][name]['overall']['loss']['mean']:.4f}",
+                     interval(single) if single else "", interval(first["loss"]) if first else ""])  # fmt: skip
     return table(["variant", "loss", "minus one LoRA", "minus the first variant"], rows)
 
 
@@ -147,8 +154,8 @@ def _by_method(item: str, found: dict[str, Any]) -> str:
     rows = []
     for name in BY_METHOD[item]:
         method = found["methods"][name]
-        against_single = interval(method["difference"]["loss"]) if "difference" in method else ""
+        single = minus_single(found, name)
         agreement = f"{groupings[name]['agreement']['domain']['ari']['mean']:.3f}" if name in groupings else ""
-        rows.append([name, f"{method['overall']['loss']['mean']:.4f}", against_single,
+        rows.append([name, f"{method['overall']['loss']['mean']:.4f}", interval(single) if single else "",
                      f"{method['tokens']['mean']:,.0f}", agreement])  # fmt: skip
     return table(["method", "loss", "minus one LoRA", "training tokens", "adjusted Rand with domain"], rows)

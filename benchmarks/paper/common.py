@@ -14,10 +14,20 @@ RESULTS = BENCHMARKS / "results"
 sys.path.insert(0, str(BENCHMARKS))
 
 from machine import describe  # noqa: E402
-from paper_page import BY_METHOD  # noqa: E402
+from paper_page import BY_METHOD, minus_single  # noqa: E402
 from results_table import is_table, read_table  # noqa: E402
 
-__all__ = ["BENCHMARKS", "BY_METHOD", "RESULTS", "ROOT", "describe", "is_table", "read_table", "write_results"]
+__all__ = [
+    "BENCHMARKS",
+    "BY_METHOD",
+    "RESULTS",
+    "ROOT",
+    "describe",
+    "is_table",
+    "minus_single",
+    "read_table",
+    "write_results",
+]
 
 
 def write_results(path: Path | None, results: dict[str, Any]) -> None:

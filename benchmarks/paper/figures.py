@@ -15,7 +15,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from common import BY_METHOD, RESULTS, ROOT, read_table
+from common import BY_METHOD, RESULTS, ROOT, minus_single, read_table
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -154,14 +154,18 @@ def variance(folder: Path) -> tuple[Figure, Rows]:
 
 
 def ablations(folder: Path) -> tuple[Figure, Rows]:
-    """Every ablation: loss of the routed experts of each variant on dev_b."""
+    """Every ablation: loss of each variant's routed experts on dev_b, less that of one adapter."""
     rows: Rows = []
     for path in sorted((folder / "ablations").glob("*.json")):
-        for name, method in read_table(path)["methods"].items():
+        found = read_table(path)
+        for name in found["methods"]:
             variant, _, kind = name.rpartition("/")
-            if kind in BY_METHOD.get(path.stem, ("gradientspace",)):
+            difference = minus_single(found, name)
+            if difference and kind in BY_METHOD.get(path.stem, ("gradientspace",)):
                 shown = kind if path.stem in BY_METHOD else variant.split("-dev_b")[0].removeprefix(f"{path.stem}-")
-                rows.append({"item": path.stem, "variant": shown, **method["overall"]["loss"]})
+                rows.append(
+                    {"item": path.stem, "variant": shown, **{k: difference[k] for k in ("mean", "low", "high")}}
+                )
     if not rows:
         raise FileNotFoundError(folder / "ablations")
     items = sorted({r["item"] for r in rows})
@@ -173,7 +177,8 @@ def ablations(folder: Path) -> tuple[Figure, Rows]:
         errors = [[r["mean"] - r["low"] for r in shown], [r["high"] - r["mean"] for r in shown]]
         axis.errorbar(range(len(shown)), [r["mean"] for r in shown], yerr=errors, marker="o", linestyle="", capsize=3)
         axis.set_xticks(range(len(shown)), [r["variant"] for r in shown], fontsize=7, rotation=20)
-        axis.set_title(item, fontsize=9)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_title(f"{item}: nats against one LoRA", fontsize=9)
     for axis in axes.ravel()[len(items) :]:
         axis.axis("off")
     return figure, rows
