@@ -42,7 +42,7 @@ def demo(control: Control, output_dir: Path, *, seed: int, fresh: bool) -> dict[
 
 
 def _run(control: Control, name: str, output_dir: Path, seed: int) -> None:
-    """Everything on one thread: as fast as two for models this small, and the same numbers on every count of cores."""
+    """Everything on one thread, so that the numbers do not depend on the count of cores."""
     import torch
 
     threads = torch.get_num_threads()
