@@ -109,10 +109,10 @@ def test_an_ensemble_of_one_is_that_one(compared: Run) -> None:
     with Experts(job.base, expert_folders(compared.path / "experts")) as experts:
         for k in (0, 1):
             weights = np.eye(2)[np.full(len(samples), k)]
-            mixed, tokens = ensemble_losses(experts, samples, weights, batch_size=3, pad_token_id=0)
-            alone, counted = experts.losses(samples, np.full(len(samples), k), batch_size=3, pad_token_id=0)
-            np.testing.assert_allclose(mixed, alone, rtol=1e-5)
-            assert tokens.tolist() == counted.tolist()
+            mixed, every = ensemble_losses(experts, samples, [weights], batch_size=3, pad_token_id=0, alone=True)
+            alone, _ = experts.losses(samples, np.full(len(samples), k), batch_size=3, pad_token_id=0)
+            np.testing.assert_allclose(mixed[:, 0], alone, rtol=1e-5)
+            np.testing.assert_allclose(every[:, k], alone, rtol=1e-6)
             ids = ensemble_answers(
                 experts, [s.prompt_ids for s in samples], weights, batch_size=3, pad_token_id=0,
                 max_new_tokens=6, stop_ids=job.template.stop_ids,
@@ -131,7 +131,11 @@ def test_two_equal_logits_average_to_themselves_and_two_unlike_ones_do_not(compa
     folders = expert_folders(compared.path / "experts")
     with Experts(job.base, folders) as experts:
         columns = [experts.losses(samples, np.full(5, k), batch_size=5, pad_token_id=0)[0] for k in (0, 1)]
-        mixed, _ = ensemble_losses(experts, samples, np.full((5, 2), 0.5), batch_size=5, pad_token_id=0)
+        one, even = np.eye(2)[np.zeros(5, dtype=int)], np.full((5, 2), 0.5)
+        found, every = ensemble_losses(experts, samples, [one, even], batch_size=5, pad_token_id=0)
+    np.testing.assert_allclose(found[:, 0], columns[0], rtol=1e-5)  # each mixture has its own weights
+    assert every.shape == (5, 0)
+    mixed = found[:, 1]
     # Cross-entropy is convex in the logits: the average's loss is below the losses' average.
     assert (mixed <= np.mean(columns, axis=0) + 1e-6).all()
     assert not np.allclose(mixed, columns[0])

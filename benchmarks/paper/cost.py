@@ -73,7 +73,7 @@ def answering(job: Job, folders: list[Path], samples: list[Any], ensemble: bool)
     with Experts(job.base, folders) as experts:
         if ensemble:
             loss = milliseconds(
-                lambda i: ensemble_losses(experts, [samples[i]], even, batch_size=1, pad_token_id=pad), len(samples)
+                lambda i: ensemble_losses(experts, [samples[i]], [even], batch_size=1, pad_token_id=pad), len(samples)
             )
             generate = milliseconds(
                 lambda i: ensemble_answers(

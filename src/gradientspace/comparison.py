@@ -58,12 +58,14 @@ def evaluate(job: Job, folder: Path) -> None:
         **{name: baseline_arm(job, name).of(rows) for name in job.config.evaluation.baselines},
     }
     outcomes = {name: measure(job, arm) for name, arm in arms.items()}
-    by_expert = loss_of_every_expert(job, expert_folders(job.run.path / "experts"))
+    ensembles = our_ensembles(job, probabilities)
+    by_expert, by_ensemble = losses_of_our_experts(job, ensembles)
     unsure = router.falls_back(probabilities)
-    ours = our_arms(job, probabilities, clusters, by_expert)
+    ours = our_arms(job, ensembles, probabilities.argmax(axis=1), clusters, by_expert)
     if unsure.any():
         ours["gradientspace"] = with_fallback(job, ours["gradientspace"], unsure, router.fallback)
-    outcomes |= {name: measure(job, arm, by_expert) for name, arm in ours.items()}
+    for name, arm in ours.items():
+        outcomes[name] = measure(job, arm, by_ensemble[name] if arm.ensemble else looked_up(by_expert, arm.choice))
     arms |= ours
 
     domains = [s.domain or s.source or "all" for s in samples]
@@ -108,16 +110,25 @@ def evaluated_rows(job: Job) -> list[int]:
     return [number[s.id] for s in job.evaluated()]
 
 
-def our_arms(job: Job, probabilities: np.ndarray, clusters: np.ndarray, by_expert: np.ndarray) -> dict[str, Arm]:
+def our_ensembles(job: Job, probabilities: np.ndarray) -> dict[str, np.ndarray]:
+    """Weights (n, K) of our experts for the ensembles that `evaluation.inference_modes` names."""
+    weights = {
+        "uniform-ensemble": np.full(probabilities.shape, 1 / probabilities.shape[1]),
+        "weighted-ensemble": probabilities,
+    }
+    return {mode: weights[mode] for mode in job.config.evaluation.inference_modes if mode in weights}
+
+
+def our_arms(
+    job: Job, ensembles: dict[str, np.ndarray], routed: np.ndarray, clusters: np.ndarray, by_expert: np.ndarray
+) -> dict[str, Arm]:
     """GradientSpace, and its experts asked in the other ways that `evaluation.inference_modes` names."""
     experts = expert_folders(job.run.path / "experts")
-    routed = probabilities.argmax(axis=1)
     choices = {
         "oracle": by_expert.argmin(axis=1),
         # A sample without a usable gradient has no nearest centroid: it goes where its prompt is routed.
         "nearest-centroid": np.where(clusters >= 0, clusters, routed),
-        "uniform-ensemble": np.full(probabilities.shape, 1 / probabilities.shape[1]),
-        "weighted-ensemble": probabilities,
+        **ensembles,
     }
     asked = {"gradientspace": routed, **{mode: choices[mode] for mode in job.config.evaluation.inference_modes}}
     return {name: Arm(experts, choice, [*job.shared_stage, *experts]) for name, choice in asked.items()}
@@ -135,21 +146,16 @@ def with_fallback(job: Job, arm: Arm, unsure: np.ndarray, fallback: Fallback) ->
     return Arm([*arm.adapters, *job.shared_stage], np.where(unsure, len(arm.adapters), arm.choice), arm.trained)
 
 
-def measure(job: Job, arm: Arm, by_expert: np.ndarray | None = None) -> Outcome:
-    """Losses, and with `evaluation.exact_match` greedy answers, of the evaluated samples.
-
-    `by_expert` (n, E): losses that were measured already, from which one adapter a sample is only looked up.
-    """
+def measure(job: Job, arm: Arm, losses: np.ndarray | None = None) -> Outcome:
+    """Losses, where they are not known already, and with `evaluation.exact_match` greedy answers, of the samples."""
     samples, options = job.evaluated(), job.config.evaluation
-    batches = {"batch_size": options.per_device_eval_batch_size, "pad_token_id": padding_id(job.tokenizer)}
+    batches: dict[str, Any] = {"batch_size": options.per_device_eval_batch_size, "pad_token_id": padding_id(job.tokenizer)}
+    tokens = np.array([sum(label != IGNORE_INDEX for label in s.labels[1:]) for s in samples])
     with Experts(job.base, arm.adapters) as experts:
-        if arm.ensemble:
-            losses, tokens = ensemble_losses(experts, samples, arm.choice, **batches)
-        elif by_expert is not None and arm.choice.min() >= 0 and arm.choice.max() < by_expert.shape[1]:
-            losses = by_expert[np.arange(len(samples)), arm.choice]
-            tokens = np.array([sum(label != IGNORE_INDEX for label in s.labels[1:]) for s in samples])
-        else:
-            losses, tokens = experts.losses(samples, arm.choice, **batches)
+        if losses is None and arm.ensemble:
+            losses = ensemble_losses(experts, samples, [arm.choice], **batches)[0][:, 0]
+        elif losses is None:
+            losses, _ = experts.losses(samples, arm.choice, **batches)
         answers = answer(job, experts, arm) if options.exact_match else None
     exact = None if answers is None else np.array(score(answers, samples, options.scorers))
     return Outcome(losses, tokens, answers, exact)
@@ -170,18 +176,21 @@ def answer(job: Job, experts: Experts, arm: Arm) -> list[str]:
     return [text.strip() for text in job.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
-def loss_of_every_expert(job: Job, folders: Sequence[Path]) -> np.ndarray:
-    """(n, K): each evaluated sample's loss under each expert, for the oracle and for regret."""
-    samples = job.evaluated()
-    with Experts(job.base, folders) as experts:
-        columns = [
-            experts.losses(
-                samples, np.full(len(samples), k), pad_token_id=padding_id(job.tokenizer),
-                batch_size=job.config.evaluation.per_device_eval_batch_size,
-            )[0]
-            for k in range(len(folders))
-        ]  # fmt: skip
-    return np.stack(columns, axis=1)
+def losses_of_our_experts(job: Job, ensembles: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(n, K): each evaluated sample's loss under each expert, and (n,) under each ensemble of them."""
+    with Experts(job.base, expert_folders(job.run.path / "experts")) as experts:
+        mixed, by_expert = ensemble_losses(
+            experts, job.evaluated(), list(ensembles.values()), alone=True, pad_token_id=padding_id(job.tokenizer),
+            batch_size=job.config.evaluation.per_device_eval_batch_size,
+        )  # fmt: skip
+    return by_expert, dict(zip(ensembles, mixed.T, strict=True))
+
+
+def looked_up(by_expert: np.ndarray, choice: np.ndarray) -> np.ndarray | None:
+    """(n,): losses of one expert a sample, from all of them (n, K); `None` where something else answers a sample."""
+    if choice.min() < 0 or choice.max() >= by_expert.shape[1]:
+        return None
+    return by_expert[np.arange(len(choice)), choice]
 
 
 def variety(outcome: Outcome, domains: Sequence[str]) -> dict[str, Any]:

@@ -11,8 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradientspace.gradients.attach import replaced_forwards
-from gradientspace.gradients.head import Supervision, head_selects_rows
+from gradientspace.gradients.head import Supervision, head_selects_rows, of_rows
 from gradientspace.training_checkpoints import ResumableTrainer
 
 
@@ -33,13 +32,7 @@ class CompletionTrainer(ResumableTrainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self.lm_head is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        rows = Supervision.from_labels(inputs["labels"], "sum").rows
-        whole = self.lm_head.forward
-
-        def of_supervised_rows(hidden: Tensor) -> Tensor:
-            return whole(hidden.flatten(0, 1)[rows][None])  # (1, n, V)
-
-        with replaced_forwards([(self.lm_head, of_supervised_rows)]):
+        with of_rows(self.lm_head, Supervision.from_labels(inputs["labels"], "sum").rows):
             return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
 
 

@@ -9,48 +9,42 @@ import torch
 from torch import Tensor
 
 from gradientspace.data import Sample, pad_batch
-from gradientspace.inference import Experts
+from gradientspace.inference import Experts, mean_losses
 from gradientspace.progress import Progress
 
 
 @torch.inference_mode()
 def ensemble_losses(
-    experts: Experts, samples: Sequence[Sample], weights: np.ndarray, *, batch_size: int, pad_token_id: int
+    experts: Experts,
+    samples: Sequence[Sample],
+    mixtures: Sequence[np.ndarray],
+    *,
+    batch_size: int,
+    pad_token_id: int,
+    alone: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean completion-token cross-entropy (n,) of averaged logits, and supervised tokens (n,).
+    """Mean completion-token cross-entropy (n, M) of M mixtures of the E adapters' logits, from one pass an adapter.
 
-    `weights` is (n, E), one row a sample, each summing to one.
+    A mixture is (n, E), one row of weights a sample, each summing to one. With `alone` also the losses (n, E) of every
+    adapter by itself, which the same passes tell; (n, 0) without.
     """
-    losses, tokens = np.zeros(len(samples)), np.zeros(len(samples), dtype=np.int64)
-    with Progress("ensemble losses", len(samples), "sample") as progress:
+    n, e = len(samples), len(experts.names)
+    mixed, single = np.zeros((n, len(mixtures))), np.zeros((n, e if alone else 0))
+    with Progress("ensemble losses", n, "sample") as progress:
         for rows in _batches([len(s.input_ids) for s in samples], batch_size):
             batch = pad_batch([samples[i] for i in rows], pad_token_id)
-            device = experts.base.device
-            labels = batch["labels"][:, 1:].to(device)
-            supervised = labels != -100
-            owner = supervised.nonzero()[:, 0]
-            logits = _mixed(
-                experts, torch.as_tensor(weights[rows])[owner.cpu()], supervised,
-                input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device),
-            )  # fmt: skip
-            each = torch.nn.functional.cross_entropy(logits, labels[supervised], reduction="none").double()
-            sums = torch.zeros(len(rows), dtype=torch.float64, device=device).index_add_(0, owner, each)
-            counts = supervised.sum(dim=1)
-            losses[rows], tokens[rows] = (sums / counts).cpu().numpy(), counts.cpu().numpy()
+            totals = [torch.zeros(1)] * len(mixtures)
+            for k in range(e):
+                logits, where = experts.supervised_logits(k, batch)
+                if alone:
+                    single[rows, k] = mean_losses(logits, where)
+                for m, weights in enumerate(mixtures):
+                    own = torch.as_tensor(weights[rows, k]).to(logits)[where.samples]
+                    totals[m] = totals[m].to(logits) + logits * own[:, None]
+            for m, total in enumerate(totals):
+                mixed[rows, m] = mean_losses(total, where)
             progress.advance(len(rows))
-    return losses, tokens
-
-
-def _mixed(experts: Experts, weights: Tensor, supervised: Tensor, **inputs: Tensor) -> Tensor:
-    """(t, vocabulary) float32: the weighted logits of t supervised positions, `weights` (t, E)."""
-    total: Tensor | None = None
-    for k in range(len(experts.names)):
-        with experts.active(k) as model:
-            logits = model(**inputs, use_cache=False).logits[:, :-1][supervised].float()
-        part = logits * weights[:, k, None].to(logits)
-        total = part if total is None else total + part
-    assert total is not None
-    return total
+    return mixed, single
 
 
 @torch.inference_mode()

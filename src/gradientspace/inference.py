@@ -18,6 +18,7 @@ import torch
 from gradientspace.data import Sample, Template, pad_batch
 from gradientspace.errors import ModelError, RunFolderError, UnsureError
 from gradientspace.generation import Piece, Request, generate, left_pad
+from gradientspace.gradients.head import Supervision, head_selects_rows, of_rows
 from gradientspace.models import load_adapters, load_base, load_tokenizer, padding_id
 from gradientspace.progress import Progress
 from gradientspace.prompts import Prompt
@@ -73,6 +74,7 @@ class Experts:
         self.names = [f"expert_{i}" for i in range(len(folders))]
         self.model = load_adapters(base, dict(zip(self.names, folders, strict=True))) if folders else None
         self.base = base
+        self.lm_head: Any = base.get_output_embeddings() if head_selects_rows(base) else None
 
     def close(self) -> None:
         """Take the adapters off the base again."""
@@ -112,11 +114,23 @@ class Experts:
         with Progress("losses", len(samples), "sample") as progress:
             for expert, rows in _batches(experts, [len(s.input_ids) for s in samples], batch_size):
                 batch = pad_batch([samples[i] for i in rows], pad_token_id)
-                with self.active(expert) as model:
-                    sums, counts = _completion_loss(model, batch)
-                losses[rows], tokens[rows] = (sums / counts).numpy(), counts.numpy()
+                logits, where = self.supervised_logits(expert, batch)
+                losses[rows], tokens[rows] = mean_losses(logits, where), where.counts.cpu().numpy()
                 progress.advance(len(rows))
         return losses, tokens
+
+    def supervised_logits(self, expert: int, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Supervision]:
+        """(n, V) float32 logits of one adapter at the n supervised positions of a batch, and which those are.
+
+        Prompts are most of a batch, so lm_head is given the supervised positions only, where the model allows it.
+        """
+        where = Supervision.from_labels(batch["labels"], "sum").to(self.base.device)
+        inputs = {name: batch[name].to(self.base.device) for name in ("input_ids", "attention_mask")}
+        with self.active(expert) as model:
+            if self.lm_head is None:
+                return model(**inputs, use_cache=False).logits.flatten(0, 1)[where.rows].float(), where
+            with of_rows(self.lm_head, where.rows):
+                return model(**inputs, use_cache=False).logits.flatten(0, 1).float(), where
 
     @torch.inference_mode()
     def generate(
@@ -279,25 +293,15 @@ def expert_folders(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
 
 
+def mean_losses(logits: torch.Tensor, where: Supervision) -> np.ndarray:
+    """(b,) float64: each sample's mean cross-entropy over its supervised positions, from their logits (n, V)."""
+    token_losses = torch.nn.functional.cross_entropy(logits, where.targets, reduction="none")
+    return (where.per_sample(token_losses).double() / where.counts).cpu().numpy()
+
+
 def _batches(experts: np.ndarray, lengths: Sequence[int], batch_size: int) -> Iterator[tuple[int, list[int]]]:
     """Rows of one adapter and similar length together: yields (adapter, row numbers)."""
     for expert in np.unique(experts):
         rows = sorted(np.flatnonzero(experts == expert).tolist(), key=lambda i: lengths[i])
         for start in range(0, len(rows), batch_size):
             yield int(expert), rows[start : start + batch_size]
-
-
-def _completion_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed cross-entropy (b,) and number of supervised tokens (b,), in float32, on the CPU."""
-    device = next(model.parameters()).device
-    labels = batch["labels"][:, 1:].to(device)
-    logits = model(
-        input_ids=batch["input_ids"].to(device),
-        attention_mask=batch["attention_mask"].to(device),
-        use_cache=False,
-    ).logits[:, :-1]
-    supervised = labels != -100
-    # Only supervised positions are turned to float32 and normalised: prompts are most of a batch.
-    token_losses = torch.nn.functional.cross_entropy(logits[supervised].float(), labels[supervised], reduction="none")
-    sums = torch.zeros(labels.shape[0], device=device).index_add_(0, supervised.nonzero()[:, 0], token_losses)
-    return sums.double().cpu(), supervised.sum(dim=1).cpu()

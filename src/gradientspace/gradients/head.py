@@ -8,6 +8,8 @@ logits are dropped before the next chunk is formed and (tokens x vocabulary) nev
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,6 +210,18 @@ class Head:
         if type(self.lm_head) is not nn.Linear:
             return "supervised", f"lm_head is {type(self.lm_head).__name__}, not a plain linear"
         return "chunked", ""
+
+
+@contextmanager
+def of_rows(lm_head: Any, rows: Tensor) -> Iterator[None]:
+    """Inside, lm_head makes logits of these rows (n,) of the flattened (b T, H) hidden states only: (1, n, V)."""
+    whole = lm_head.forward
+
+    def selecting(hidden: Tensor) -> Tensor:
+        return whole(hidden.flatten(0, 1)[rows][None])
+
+    with replaced_forwards([(lm_head, selecting)]):
+        yield
 
 
 def head_selects_rows(causal_lm: Any) -> bool:
