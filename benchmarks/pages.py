@@ -14,6 +14,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import alignment_page
@@ -38,9 +39,13 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 HISTORY = ROOT / "docs/negative-results.md"
 PARTS: dict[str, Callable[[], str]] = {
     "demo": readme_page.part,
+    "real mix": readme_page.real_mix,
     "results": results_page.part,
+    "cost of an answer": paper_page.cost,
     "theory": paper_page.theory,
     "quadratics": paper_page.quadratics,
+    "theory on the real mix": partial(paper_page.theory, "theory-real-mix"),
+    "similarity": paper_page.similarity,
     "ablations": paper_page.ablations,
     "gradients": gradients_page.part,
     "clustering": clustering_page.part,

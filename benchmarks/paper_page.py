@@ -1,4 +1,4 @@
-"""The measured parts of docs/results.md beside its tables: theory, ablations.
+"""The measured parts of docs/results.md beside its tables: theory, similarity, the cost of an answer, ablations.
 
 make paper, make ablations
 """
@@ -11,11 +11,15 @@ from typing import Any
 from results_table import read_table
 from wording import RESULTS, interval, measured_on, paragraph, read, table
 
+PAIRS = {"gradient with embedding": "gradients with embeddings", "gradient with score": "gradients with people",
+         "embedding with score": "embeddings with people"}  # fmt: skip
 BY_METHOD = {
     "projection": ("gradientspace", "plain", "less", "projection-2048", "projection-512"),
     "compute": ("single", "single-long", "gradientspace"),
 }
 """Ablations of one config whose methods are compared, in place of variants."""
+METHODS = {"gradientspace": "one routed expert", "weighted-ensemble": "all experts, weighted by the router",
+           "elrea": "ELREA"}  # fmt: skip
 
 
 def theory(name: str = "theory-demo") -> str:
@@ -81,6 +85,35 @@ def _adapter(found: dict[str, Any]) -> list[str]:
         f"batch {found['batch']}). Size-weighted mean of the noise ratio: {found['average_noise_ratio']:.3f}."
     )
     return [paragraph(words), table(head, rows)]
+
+
+def similarity() -> str:
+    """Correlations of gradient similarity, embedding similarity and human judgement."""
+    found = read("similarity")
+    rows = [
+        [label, *(f"{found['correlations'][name][kind]:+.3f}" for kind in ("pearson", "spearman"))]
+        for name, label in PAIRS.items()
+    ]
+    around = f"{found['n']} sentence pairs. {measured_on(found['machine'])}"
+    return "\n\n".join([table(["similarity of", "Pearson", "Spearman"], rows), paragraph(around)])
+
+
+def cost() -> str:
+    """Milliseconds and passes of one answer, and each as a multiple of the routed expert's."""
+    found = read("inference-cost")
+    rows = []
+    for name, label in METHODS.items():
+        row = found["methods_cost"][name]
+        times = row["answer_ms"] / found["methods_cost"]["gradientspace"]["answer_ms"]
+        rows.append([label, str(row["passes_per_token"]), f"{row['decide_ms']:.1f}", f"{row['loss_ms']:.1f}",
+                     f"{row['generate_ms']:.0f}", f"{times:.1f}x"])  # fmt: skip
+    answer = f"{found['new_tokens']} tokens, ms"
+    head = ["", "forward passes a token", "deciding, ms", "loss of an answer, ms", answer, "the whole"]
+    around = (
+        f"Medians of {found['prompts']} prompts of `dev`, one at a time, in one process. Deciding is the router, or "
+        f"the prompt's projected gradient. {measured_on(found['machine'])}"
+    )
+    return "\n\n".join([table(head, rows), paragraph(around)])
 
 
 def ablations(folder: Path = RESULTS / "ablations") -> str:
