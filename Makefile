@@ -89,7 +89,7 @@ paper: $(READY)
 	$(BIN)/gradientspace compare benchmarks/paper/real-mix.yaml --seeds $(SEEDS) --json benchmarks/results/real-mix.json
 	$(BIN)/python benchmarks/paper/similarity.py $(MAIN_RUN) --pairs ../shared/data/similarity/stsb.test.jsonl \
 		--json benchmarks/results/similarity.json
-	$(BIN)/python benchmarks/paper/theory.py $(MAIN_RUN) --json benchmarks/results/theory-real-mix.json
+	$(BIN)/python benchmarks/paper/theory.py $(MAIN_RUN) --sgd-steps 0 --json benchmarks/results/theory-real-mix.json
 	$(BIN)/python benchmarks/paper/cost.py $(MAIN_RUN) --json benchmarks/results/inference-cost.json
 	$(BIN)/python benchmarks/paper/figures.py
 	$(BIN)/python benchmarks/pages.py

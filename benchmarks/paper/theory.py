@@ -126,12 +126,15 @@ def main() -> None:
     parser.add_argument("run", nargs="?", help="a finished run; without one, planted quadratics only")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--sgd-steps", type=int, default=200,
+                        help="of every cluster and the mixture; 0: no constant-step SGD of the run's adapter")  # fmt: skip
     options = parser.parse_args()
     found: dict[str, Any] = {"quadratics": measure_quadratics(steps=2_000 if options.quick else 20_000)}
     if options.run:
         run = Run.open(options.run)
         found |= measure_gradients(run, limit=64 if options.quick else HELD_OUT_ROWS)
-        found["adapter"] = measure_adapter(run, steps=6 if options.quick else 200)
+        if options.sgd_steps:
+            found["adapter"] = measure_adapter(run, steps=6 if options.quick else options.sgd_steps)
         print(f"Lemma 1: off by {found['lemma1']['relative_error']:.1e} of the total")
         two = found["theorem2"]
         print(
