@@ -90,8 +90,8 @@ def main_table() -> list[str]:
 
     of = found["groupings"]
     return [
-        f"routed experts against one LoRA {ours('single')} nats, against one of K times the rank {ours('single-wide')}, "
-        f"projected gradients {ours('less')}, ELREA {ours('elrea')} and the paper's own recipe "
+        f"routed experts against one LoRA {ours('single')} nats, against one of K times the rank "
+        f"{ours('single-wide')}, projected gradients {ours('less')}, ELREA {ours('elrea')} and the paper's own recipe "
         f"{ours('gradientspace-paper')}",
         f"against embedding clusters {ours('embedding')}, against TF-IDF clusters {ours('tfidf')}, against the true "
         f"sources {ours('source')}",

@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--sgd-steps", type=int, default=200,
-                        help="of every cluster and the mixture; 0: no constant-step SGD of the run's adapter")  # fmt: skip
+                        help="constant-step SGD of the run's adapter on each cluster and the mixture; 0: none")  # fmt: skip
     options = parser.parse_args()
     found: dict[str, Any] = {"quadratics": measure_quadratics(steps=2_000 if options.quick else 20_000)}
     if options.run:
@@ -141,7 +141,7 @@ def main() -> None:
             f"Theorem 2: variance {100 * two['reduction']['gradient']:.2f} % lower by gradient cluster, "
             f"{100 * two['reduction']['routed']:.2f} % by routed cluster, {100 * two['random']['mean']:.2f} % by chance"
         )
-        for row in found["adapter"]["clusters"]:
+        for row in found.get("adapter", {"clusters": []})["clusters"]:
             print(f"Theorem 3, adapter: cluster {row['cluster']} noise {row['noise_ratio']:.3f} of the mixture's")
     for row in found["quadratics"]["clusters"]:
         print(f"Theorem 3, quadratics: floor {row['floor']:.4g}, predicted {row['predicted']:.4g}")
