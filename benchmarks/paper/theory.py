@@ -126,8 +126,9 @@ def main() -> None:
     parser.add_argument("run", nargs="?", help="a finished run; without one, planted quadratics only")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--sgd-steps", type=int, default=200,
-                        help="constant-step SGD of the run's adapter on each cluster and the mixture; 0: none")  # fmt: skip
+    parser.add_argument(
+        "--sgd-steps", type=int, default=200, help="of the run's adapter on each cluster and the mixture; 0: none"
+    )
     options = parser.parse_args()
     found: dict[str, Any] = {"quadratics": measure_quadratics(steps=2_000 if options.quick else 20_000)}
     if options.run:
