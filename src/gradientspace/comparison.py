@@ -149,13 +149,13 @@ def with_fallback(job: Job, arm: Arm, unsure: np.ndarray, fallback: Fallback) ->
 def measure(job: Job, arm: Arm, losses: np.ndarray | None = None) -> Outcome:
     """Losses, where they are not known already, and with `evaluation.exact_match` greedy answers, of the samples."""
     samples, options = job.evaluated(), job.config.evaluation
-    batches: dict[str, Any] = {"batch_size": options.per_device_eval_batch_size, "pad_token_id": padding_id(job.tokenizer)}
+    pad, size = padding_id(job.tokenizer), options.per_device_eval_batch_size
     tokens = np.array([sum(label != IGNORE_INDEX for label in s.labels[1:]) for s in samples])
     with Experts(job.base, arm.adapters) as experts:
         if losses is None and arm.ensemble:
-            losses = ensemble_losses(experts, samples, [arm.choice], **batches)[0][:, 0]
+            losses = ensemble_losses(experts, samples, [arm.choice], batch_size=size, pad_token_id=pad)[0][:, 0]
         elif losses is None:
-            losses, _ = experts.losses(samples, arm.choice, **batches)
+            losses, _ = experts.losses(samples, arm.choice, batch_size=size, pad_token_id=pad)
         answers = answer(job, experts, arm) if options.exact_match else None
     exact = None if answers is None else np.array(score(answers, samples, options.scorers))
     return Outcome(losses, tokens, answers, exact)

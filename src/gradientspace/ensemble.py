@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from gradientspace.data import Sample, pad_batch
 from gradientspace.inference import Experts, mean_losses
