@@ -103,22 +103,24 @@ def spectrum(folder: Path) -> tuple[Figure, Rows]:
 
 
 def ensemble(folder: Path) -> tuple[Figure, Rows]:
-    """One expert against an ensemble, and the router against the oracle: loss against passes a token."""
+    """One expert against an ensemble, and the router against the oracle: paired differences from one LoRA."""
     table = read_table(folder / "real-mix.json")
-    names = ["single", "gradientspace", "nearest-centroid", "uniform-ensemble", "weighted-ensemble", "elrea", "oracle"]
+    names = ["oracle", "nearest-centroid", "gradientspace", "weighted-ensemble", "uniform-ensemble", "elrea"]
     rows: Rows = []
-    for name in names:
-        if name in table["methods"]:
-            method = table["methods"][name]
-            rows.append({"method": name, "passes": method["passes_per_token"]["mean"], **method["overall"]["loss"]})
-    figure, axis = plt.subplots(figsize=(5.5, 3.5))
-    for colour, row in zip(COLOURS, rows, strict=False):
-        # The oracle is a bound: choosing by loss takes all experts.
+    for name in (n for n in names if n in table["methods"]):
+        method = table["methods"][name]
+        loss = {k: method["difference"]["loss"][k] for k in ("mean", "low", "high")}
+        rows.append({"method": name, "passes": method["passes_per_token"]["mean"], **loss})
+    figure, axis = plt.subplots(figsize=(6, 2.8))
+    for row in rows:
+        # The oracle is a bound: choosing by loss takes all experts and the answer.
         errors = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]]
-        axis.errorbar(row["passes"], row["mean"], yerr=errors, marker="o", color=colour, label=row["method"], capsize=3)
-    axis.set_xlabel("forward passes a token")
-    axis.set_ylabel("loss (nats)")
-    axis.legend(fontsize=8)
+        colour = COLOURS[1] if row["method"] == "gradientspace" else COLOURS[0]
+        label = f"{row['method']} ({row['passes']:g} passes)"
+        axis.errorbar(row["mean"], label, xerr=errors, marker="o", color=colour, capsize=3)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.invert_yaxis()
+    axis.set_xlabel("nats against one LoRA")
     return figure, rows
 
 
