@@ -27,7 +27,7 @@ from gradientspace.projection import SparseProjection
 from gradientspace.router import Router
 from gradientspace.run_folder import Run
 
-PROMPTS = 64
+PROMPTS = 24
 NEW_TOKENS = 32
 WARM = 3
 
