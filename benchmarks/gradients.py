@@ -33,8 +33,9 @@ from machine import describe
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from gradientspace.data import pad_batch
 from gradientspace.gradients import PerSampleGradients
-from gradientspace.gradients.batching import collate, plan_batches
+from gradientspace.gradients.batching import plan_batches
 
 MODEL = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "num_attention_heads": 4}
 QUICK_MODEL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -96,7 +97,7 @@ def with_lora(model: Any, rank: int) -> Any:
 def make_batches(samples: list[Sample], max_tokens: int, device: str) -> list[dict[str, torch.Tensor]]:
     lengths = [len(sample.input_ids) for sample in samples]
     plan = plan_batches(lengths, max_tokens=max_tokens, max_samples=len(samples), seed=0)
-    batches = [collate([samples[i] for i in indices], 0) for indices in plan]
+    batches = [pad_batch([samples[i] for i in indices], 0) for indices in plan]
     return [{key: value.to(device) for key, value in batch.items()} for batch in batches]
 
 
@@ -285,7 +286,7 @@ def packing(options: argparse.Namespace) -> dict[str, Any]:
     samples = make_samples(n, 8, 96)
     chunk = max(1, options.max_tokens // 96)
     as_they_come = [
-        {key: value.to(options.device) for key, value in collate(samples[i : i + chunk], 0).items()}
+        {key: value.to(options.device) for key, value in pad_batch(samples[i : i + chunk], 0).items()}
         for i in range(0, n, chunk)
     ]
     arms = {"padded": lambda m: engine(m, packing=False), "packed": lambda m: engine(m, packing=True)}

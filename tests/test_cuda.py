@@ -11,9 +11,10 @@ from test_gradients import VOCAB, adapt, make_samples, tiny_llama
 from test_stacked import base_of, prompts, save_experts
 
 from gradientspace.clustering import OnlineSVDClusterer
+from gradientspace.data import pad_batch
 from gradientspace.device import on_device
 from gradientspace.gradients import PerSampleGradients
-from gradientspace.gradients.batching import collate, right_padded
+from gradientspace.gradients.batching import right_padded
 from gradientspace.gradients.head import Supervision
 from gradientspace.gradients.packing import packed_inputs, segment_attention, varlen_attn
 from gradientspace.stacked import BASE, StackedExperts
@@ -34,7 +35,7 @@ def no_waiting():
 
 
 def test_a_batch_goes_to_the_device_without_a_wait(no_waiting):
-    batch = collate(make_samples(), 0)
+    batch = pad_batch(make_samples(), 0)
     ids, labels, lengths = right_padded(batch)
     device = torch.device("cuda")
     where = Supervision.from_labels(labels, "mean", lengths).to(device)
@@ -47,7 +48,7 @@ def test_a_batch_goes_to_the_device_without_a_wait(no_waiting):
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_gradients_are_those_of_the_cpu(packing):
-    batch, model = collate(make_samples(), 0), adapt(tiny_llama())
+    batch, model = pad_batch(make_samples(), 0), adapt(tiny_llama())
     with PerSampleGradients(copy.deepcopy(model), packing=packing) as engine:
         expected = engine.compute(batch)
     with PerSampleGradients(model.to("cuda"), packing=packing) as engine:

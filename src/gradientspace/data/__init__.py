@@ -6,7 +6,7 @@ print(render_sample(data.fit[0], tokenizer))
 """
 
 from gradientspace.data.accounting import accounting_table, render_sample
-from gradientspace.data.collate import pad_batch
+from gradientspace.data.collate import TokenisedSample, pad_batch
 from gradientspace.data.loading import load
 from gradientspace.data.reading import Row, read_rows
 from gradientspace.data.sample import IGNORE_INDEX, Dataset, Sample
@@ -19,6 +19,7 @@ __all__ = [
     "Row",
     "Sample",
     "Template",
+    "TokenisedSample",
     "accounting_table",
     "load",
     "pad_batch",

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from gradientspace.data.sample import IGNORE_INDEX, Sample
+from gradientspace.data.sample import IGNORE_INDEX
 
 if TYPE_CHECKING:
     import torch
 
 
-def pad_batch(samples: Sequence[Sample], pad_token_id: int) -> dict[str, torch.Tensor]:
+class TokenisedSample(Protocol):
+    """Anything with token ids and labels of the same length (labels un-shifted, -100 where masked)."""
+
+    @property
+    def input_ids(self) -> Sequence[int]: ...
+
+    @property
+    def labels(self) -> Sequence[int]: ...
+
+
+def pad_batch(samples: Sequence[TokenisedSample], pad_token_id: int) -> dict[str, torch.Tensor]:
     """`input_ids`, `attention_mask` and `labels`, each (b, longest) int64, padded on the right.
 
-    Padding has label -100 and mask 0. `samples` is anything with `input_ids` and `labels`.
+    Padding has label -100 and mask 0.
     """
     import torch
 

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gradientspace.data import TokenisedSample
 from gradientspace.errors import DataError
-
-
-class TokenisedSample(Protocol):
-    """Anything with token ids and labels of the same length (labels un-shifted, -100 where masked)."""
-
-    @property
-    def input_ids(self) -> Sequence[int]: ...
-
-    @property
-    def labels(self) -> Sequence[int]: ...
 
 
 @dataclass(slots=True)
@@ -85,20 +75,6 @@ def plan_batches(
     if shuffle:
         batches = [batches[i] for i in rng.permutation(len(batches))]
     return batches
-
-
-def collate(samples: Sequence[TokenisedSample], pad_token_id: int) -> dict[str, Tensor]:
-    """Pad on the right to the longest sample: input_ids, attention_mask, labels, each (b, T) int64."""
-    length = max(len(sample.input_ids) for sample in samples)
-    input_ids = torch.full((len(samples), length), pad_token_id)
-    labels = torch.full((len(samples), length), -100)
-    mask = torch.zeros((len(samples), length), dtype=torch.int64)
-    for row, sample in enumerate(samples):
-        n = len(sample.input_ids)
-        input_ids[row, :n] = torch.as_tensor(sample.input_ids)
-        labels[row, :n] = torch.as_tensor(sample.labels)
-        mask[row, :n] = 1
-    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
 
 
 def right_padded(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[int]]:

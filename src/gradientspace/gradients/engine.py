@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from gradientspace.data import TokenisedSample, pad_batch
 from gradientspace.device import on_device
 from gradientspace.errors import GradientSpaceError, ModelError
 from gradientspace.gradients.attach import (
@@ -27,9 +28,7 @@ from gradientspace.gradients.attach import (
 from gradientspace.gradients.batching import (
     ExcludedSample,
     GradientBatch,
-    TokenisedSample,
     check_samples,
-    collate,
     plan_batches,
     right_padded,
 )
@@ -235,7 +234,7 @@ class PerSampleGradients:
         """One batch of the plan: gradients of the samples at `indices`, of those that have finite ones."""
         batch = store.read(indices) if store is not None else None
         if batch is None:
-            gradients = self.compute(collate([samples[i] for i in indices], pad_token_id))
+            gradients = self.compute(pad_batch([samples[i] for i in indices], pad_token_id))
             batch = GradientBatch(torch.tensor(indices), gradients, self.losses, self.norms)
             if store is not None:
                 store.write(batch)

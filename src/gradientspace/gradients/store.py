@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from gradientspace.data import TokenisedSample
 from gradientspace.errors import RunFolderError
-from gradientspace.gradients.batching import GradientBatch, TokenisedSample
+from gradientspace.gradients.batching import GradientBatch
 
 if TYPE_CHECKING:
     from gradientspace.gradients.engine import PerSampleGradients
