@@ -28,7 +28,7 @@ PLAIN = {"clustering.target": "plain"}
 NO_BASELINES = {"evaluation.baselines": [], "gradients.projection_dim": 0, "evaluation.inference_modes": ["oracle"]}
 WIDTHS = ["plain", "less", "projection-2048", "projection-512"]
 ITEMS: dict[str, list[dict[str, Any]]] = {
-    "k": [{"clustering.n_clusters": k} for k in (2, 4, 8, 16)],
+    "k": [{"clustering.n_clusters": k, "evaluation.baselines": ["embedding"]} for k in (2, 4, 8, 16)],
     "start": [{"experts.start": start} for start in ("shared", "warmup", "fresh")],
     "shared_share": [{"experts.shared_share": share} for share in (0.25, 0.5, 0.75)],
     "target": [{"clustering.target": target} for target in ("routable", "plain")],
@@ -60,7 +60,9 @@ def variants(item: str, config: Path, output_dir: str) -> list[GradientSpaceConf
 
 
 def short(value: Any) -> str:
-    return "methods" if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return value[0] if len(value) == 1 else "methods"
+    return str(value)
 
 
 def main() -> None:
