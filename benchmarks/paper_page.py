@@ -117,7 +117,10 @@ def cost() -> str:
 
 
 def ablations(folder: Path = RESULTS / "ablations") -> str:
-    """Every item that was run: losses of the routed experts on dev_b, against one LoRA and the item's first variant."""
+    """Every item that was run: losses of the routed experts on dev_b, against one LoRA and the item's first variant.
+
+    Where a variant has embedding clusters beside it, against them too.
+    """
     parts = []
     for path in sorted(folder.glob("*.json")):
         found = read_table(path)
@@ -140,12 +143,21 @@ def minus_single(found: dict[str, Any], name: str) -> dict[str, Any] | None:
 def _variants(item: str, found: dict[str, Any]) -> str:
     pairs, rows = found["comparisons"], []
     names = [name for name in found["methods"] if name.endswith("/gradientspace")]
+    embedding = any(name.endswith("/embedding") for name in found["methods"])
     for name in names:
-        single, first = minus_single(found, name), pairs.get(f"{name} - {names[0]}")
-        label = name.split("-dev_b")[0].removeprefix(f"{item}-")
-        rows.append([label, f"{found['methods'][name]['overall']['loss']['mean']:.4f}",
-                     interval(single) if single else "", interval(first["loss"]) if first else ""])  # fmt: skip
-    return table(["variant", "loss", "minus one LoRA", "minus the first variant"], rows)
+        variant = name.rpartition("/")[0]
+        beside = [minus_single(found, name), (pairs.get(f"{name} - {names[0]}") or {}).get("loss")]
+        if embedding:
+            beside.append(pairs[f"{name} - {variant}/embedding"]["loss"])
+        rows.append(
+            [
+                variant.split("-dev_b")[0].removeprefix(f"{item}-"),
+                f"{found['methods'][name]['overall']['loss']['mean']:.4f}",
+                *(interval(difference) if difference else "" for difference in beside),
+            ]
+        )
+    head = ["variant", "loss", "minus one LoRA", "minus the first variant"]
+    return table(head + ["minus embedding clusters"] * embedding, rows)
 
 
 def _by_method(item: str, found: dict[str, Any]) -> str:

@@ -48,21 +48,16 @@ ITEMS: dict[str, list[dict[str, Any]]] = {
 
 
 def variants(item: str, config: Path, output_dir: str) -> list[GradientSpaceConfig]:
-    """The configs of one item, named by what they change."""
+    """The configs of one item, named by what they change; methods shown beside them name nothing."""
     made = []
     for changes in ITEMS[item]:
         words = [str(w) for key, value in {**NO_BASELINES, **changes}.items() for w in (f"--{key}", value)]
         variant = load_config(config, words)
-        variant.name = f"{item}-" + "-".join(short(value) for value in changes.values())
+        named = {key: value for key, value in changes.items() if key != "evaluation.baselines"}
+        variant.name = "-".join([item, *map(str, named.values())]) if named else f"{item}-methods"
         variant.output_dir = output_dir
         made.append(variant)
     return made
-
-
-def short(value: Any) -> str:
-    if isinstance(value, list):
-        return value[0] if len(value) == 1 else "methods"
-    return str(value)
 
 
 def main() -> None:
