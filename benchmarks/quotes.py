@@ -6,6 +6,7 @@ this list with it, never rewritten by a script.
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 from wording import interval, read
@@ -15,7 +16,7 @@ CELLS = ("real noise, K 4, cosine 0.02", "noise decay 0.4, cosine 0.05", "imbala
 
 def sentences() -> list[str]:
     """Pieces of the page, white space aside."""
-    return [*diagnosis(), *routers(), *clusterer(), *main_table(), *real_mix()]
+    return [*diagnosis(), *routers(), *clusterer(), *main_table(), *headline(), *real_mix()]
 
 
 def diagnosis() -> list[str]:
@@ -32,8 +33,8 @@ def routers() -> list[str]:
     """Losses of other routers on the demo and the real mix, and the calibration of the one in use."""
     found = read("routers-demo")
     minus = {name: router["minus_logistic"] for name, router in found["routers"].items()}
-    real, mix = (read("routers-real-mix")[part] for part in ("routers", "calibration"))
-    known = found["calibration"]
+    mix = read("routers-real-mix")
+    real = mix["routers"]
     own = real["logistic, own gradient"]
     neighbours = minus["k nearest neighbours, cluster"]
     return [
@@ -45,11 +46,29 @@ def routers() -> list[str]:
         f"a ridge onto the experts' losses {interval(minus['ridge, losses on dev_a'], '{:+.3f}')}",
         f"{interval(own['minus_logistic'])} nats, though it names that cluster for {100 * own['accuracy']:.0f} % of "
         f"the prompts against {100 * real['logistic, cluster']['accuracy']:.0f} %",
-        f"Calibration error {mix['calibration_error']:.3f} in ten bins of equal size; a perfectly calibrated router "
-        f"of {mix['n']} prompts shows {mix['perfect_low']:.3f} to {mix['perfect_high']:.3f}.",
-        f"With dev rows of its own it is {known['calibration_error']:.3f}, within {known['perfect_low']:.3f} to "
-        f"{known['perfect_high']:.3f}.",
+        *_calibration(mix, "The real mix"),
+        *_calibration(found, "The demo"),
     ]
+
+
+def _calibration(found: dict[str, Any], label: str) -> list[str]:
+    """How many seeds lie within a perfect router's range, and the likelihoods, with and without a cluster's own."""
+    quotes = []
+    for split in ("dev_b", "test"):
+        rows = [row for row in found["calibration"] if row["split"] == split]
+        each, one = (
+            [way["perfect_low"] <= way["calibration_error"] <= way["perfect_high"] for way in ways]
+            for ways in (rows, [row["one_temperature"] for row in rows])
+        )
+        likelihoods = [
+            fmean([way["negative_log_likelihood"] for way in ways])
+            for ways in (rows, [row["one_temperature"] for row in rows])
+        ]
+        quotes.append(
+            f"{label}, `{split}`: {sum(each)} of {len(each)} seeds within the range, {sum(one)} with one temperature; "
+            f"-log p {likelihoods[0]:.3f} against {likelihoods[1]:.3f}"
+        )
+    return quotes
 
 
 def clusterer() -> list[str]:
@@ -100,6 +119,15 @@ def main_table() -> list[str]:
         f"{agreement(of['elrea'])}",
         f"changes the loss by {pairs['nearest-centroid - gradientspace']} nats",
     ]
+
+
+def headline() -> list[str]:
+    """The headline pairs on five seeds."""
+    pairs = read("real-mix-headline")["comparisons"]
+    single, elrea, embedding = (
+        interval(pairs[f"gradientspace - {other}"]["loss"]) for other in ("single", "elrea", "embedding")
+    )
+    return [f"against one LoRA {single} nats, against ELREA {elrea}, against embedding clusters {embedding}"]
 
 
 def real_mix() -> list[str]:

@@ -86,4 +86,15 @@ def real_mix() -> str:
         "for more than the interval: every seed, and the mean over tokens too."
     )
     head = ["", "loss", "passes a token", "routed minus it", "clear"]
-    return "\n\n".join([paragraph(around), markdown(head, rows)])
+    return "\n\n".join([paragraph(around), markdown(head, rows), headline()])
+
+
+def headline() -> str:
+    """The pairs that matter most, on more seeds."""
+    found = read_table(RESULTS / "real-mix-headline.json")
+    pairs = [
+        f"{interval(found['comparisons'][f'gradientspace - {name}']['loss'])} against {label}"
+        f" ({'clear' if found['comparisons'][f'gradientspace - {name}']['clear'] else 'level'})"
+        for name, label in (("single", "one LoRA"), ("elrea", "ELREA"), ("embedding", "embedding clusters"))
+    ]
+    return paragraph(f"The same three pairs over {len(found['seeds'])} seeds: {pairs[0]}, {pairs[1]}, {pairs[2]}.")

@@ -1,21 +1,22 @@
 """Which router sends a run's prompts to the better expert, and does its probability mean what it says.
 
-    python benchmarks/routers.py RUN --json benchmarks/results/routers-NAME.json [--fine-tune]
+    python benchmarks/routers.py RUN [RUN ...] --json benchmarks/results/routers-NAME.json [--fine-tune]
 
-Everything is learned on fit and dev_a and judged on dev_b, by the routed expert's loss minus that of the expert of the
-sample's own gradient cluster (regret, nats), with 95 % bootstrap intervals, and by paired differences from the router
-that the pipeline uses. Targets beside the cluster: the expert with the lowest loss on dev_a (experts were not trained
-there), and a soft mix, every expert weighted by how well it does there.
+Routers are compared on the first run. Everything is learned on fit and dev_a and judged on dev_b, by the routed
+expert's loss minus that of the expert of the sample's own gradient cluster (regret, nats), with 95 % bootstrap
+intervals, and by paired differences from the router that the pipeline uses. Targets beside the cluster: the expert with
+the lowest loss on dev_a (experts were not trained there), and a soft mix, every expert weighted by how well it does.
 
-The saved router's calibration is shown on dev_b and on the split that the run is evaluated on, in 10 bins of equal size
-beside the range in which the calibration error of a perfectly calibrated router of that size lies in 95 % of draws.
+The saved router's calibration is shown for every run, say one for each seed, on dev_b and on the split that the run is
+evaluated on, in 10 bins of equal size beside the range in which the calibration error of a perfectly calibrated router
+of that size lies in 95 % of draws.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from gradientspace.assignments import Assignments
-from gradientspace.calibration import expected_calibration_error
-from gradientspace.comparison import evaluated_rows
+from gradientspace.calibration import (
+    calibrated_probabilities,
+    expected_calibration_error,
+    fit_temperature,
+    fit_temperatures,
+    negative_log_likelihood,
+)
 from gradientspace.data import Sample
 from gradientspace.evaluation import paired_bootstrap
 from gradientspace.grouping import Groups, held_out
@@ -41,6 +47,7 @@ from gradientspace.router import LinearHead, RidgeHead, Router
 from gradientspace.run_folder import Run
 
 NEIGHBOURS = (5, 15, 50, 150)
+SPREADS = (0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 3.0)
 SOFTNESS = 0.05
 """Nats: an expert that much worse than another weighs 1/e of it in the soft mix."""
 
@@ -220,17 +227,64 @@ def compare(case: Case, with_fine_tuning: bool) -> dict[str, Any]:
 # --------------------------------------------------------------------------- calibration
 
 
-def of_the_saved_router(case: Case, samples: list[Sample], clusters: np.ndarray) -> dict[str, Any]:
-    """Calibration of the run's own router on these samples and their gradients' clusters (n,)."""
-    router = Router.load(case.run.path / "router", encoder=case.job.encoder)
-    probabilities = router.predict_proba([sample.prompt for sample in samples])
-    return calibration(clusters, probabilities.argmax(1), probabilities.max(1))
+class RunRouter:
+    """A run's router with prompts whose cluster is known."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.job = run, Job(run)
+        self.head = Router.load(run.path / "router", encoder=self.job.encoder).head_
+        self.clusters = Groups.read(run.path / "clustering").held_out
+        self.position = {sample.id: i for i, sample in enumerate(held_out(self.job.data))}
+        self.dev_a, self.dev_b = self.seen(self.job.data.dev_a), self.seen(self.job.data.dev_b)
+
+    def seen(self, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
+        """Scores (m, K) and clusters (m,) of the samples whose gradient has a cluster."""
+        clusters = self.clusters[[self.position[sample.id] for sample in samples]]
+        scores = self.head.predict_scores(self.job.encoder.encode([routing_text(sample.prompt) for sample in samples]))
+        return scores[clusters >= 0], clusters[clusters >= 0]
+
+    def calibrations(self) -> list[dict[str, Any]]:
+        """Fitted on dev_a, on dev_b and on the split of the run's evaluation.
+
+        Beside the temperature of every cluster, what a single one gives.
+        """
+        one, each = fit_temperature(*self.dev_a), fit_temperatures(*self.dev_a)
+        parts = {"dev_b": self.dev_b, self.run.config.evaluation.split: self.seen(self.job.evaluated())}
+        rows = []
+        for split, known in parts.items():
+            row = {"run": self.run.path.name, "split": split, **calibration(*known, each)}
+            row["one_temperature"] = calibration(*known, one)
+            rows.append(row)
+            for name, shown in (("each cluster's temperature", row), ("one temperature", row["one_temperature"])):
+                print(
+                    f"{row['run']}, {split}, {name}: -log p {shown['negative_log_likelihood']:.4f}, calibration error "
+                    f"{shown['calibration_error']:.4f}; a perfect router of {shown['n']} prompts: "
+                    f"{shown['perfect_low']:.4f} to {shown['perfect_high']:.4f}",
+                    flush=True,
+                )
+        return rows
 
 
-def calibration(clusters: np.ndarray, experts: np.ndarray, confidence: np.ndarray, draws: int = 2000) -> dict[str, Any]:
-    """Ten bins of equal size, the error, and what perfect calibration would show. All (n,); cluster -1 is left out."""
-    known = clusters >= 0
-    right, confidence = (clusters == experts)[known], confidence[known]
+def likelihood_by_spread(routers: Sequence[RunRouter]) -> dict[str, float]:
+    """Mean negative log-likelihood of one half of dev with temperatures from the other, by the width of their prior."""
+    found = {}
+    for spread in SPREADS:
+        values = [
+            negative_log_likelihood(*judge, fit_temperatures(*teach, spread))
+            for router in routers
+            for teach, judge in ((router.dev_a, router.dev_b), (router.dev_b, router.dev_a))
+        ]
+        found[str(spread)] = float(np.mean(values))
+        print(f"prior of deviation {spread}: -log p {found[str(spread)]:.4f}", flush=True)
+    return found
+
+
+def calibration(
+    scores: np.ndarray, clusters: np.ndarray, temperature: float | np.ndarray, draws: int = 2000
+) -> dict[str, Any]:
+    """Likelihood, ten bins of equal size, their error, and what perfect calibration would show. (n, K), (n,)."""
+    probabilities = calibrated_probabilities(scores, temperature)
+    right, confidence = probabilities.argmax(1) == clusters, probabilities.max(1)
     order = np.argsort(confidence, kind="stable")
     generator = np.random.default_rng(0)
 
@@ -241,10 +295,11 @@ def calibration(clusters: np.ndarray, experts: np.ndarray, confidence: np.ndarra
 
     null = [error(generator.random(len(confidence)) < confidence) for _ in range(draws)]
     low, high = np.quantile(null, [0.025, 0.975])
-    result = {
-        "n": int(known.sum()),
+    return {
+        "n": len(clusters),
         "accuracy": float(right.mean()),
         "confidence": float(confidence.mean()),
+        "negative_log_likelihood": negative_log_likelihood(scores, clusters, temperature),
         "calibration_error": error(right),
         "perfect_low": float(low),
         "perfect_high": float(high),
@@ -253,30 +308,26 @@ def calibration(clusters: np.ndarray, experts: np.ndarray, confidence: np.ndarra
             for rows in np.array_split(order, 10)
         ],
     }
-    print(
-        f"calibration error {result['calibration_error']:.4f}; a perfect router of {result['n']} prompts: "
-        f"{low:.4f} to {high:.4f}"
-    )
-    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run folder with experts and router")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders with experts and router")
     parser.add_argument("--fine-tune", action="store_true", help="also train the encoder: minutes")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--quick", action="store_true", help="40 rows of dev, and no fine-tuning")
     options = parser.parse_args()
-    run = Run.open(options.run)
-    results: dict[str, Any] = {"machine": describe("scikit-learn"), "run": run.path.name, "split": "dev_b"}
-    case = Case(run, options.quick)
-    evaluated = Groups.read(run.path / "clustering").held_out[evaluated_rows(case.job)]
-    results["calibration_dev_b"] = of_the_saved_router(case, case.dev_b, case.clusters["dev_b"])
-    results["calibration"] = {
-        "split": run.config.evaluation.split,
-        **of_the_saved_router(case, case.job.evaluated(), evaluated),
+    runs = [Run.open(path) for path in options.runs]
+    case, routers = Case(runs[0], options.quick), [RunRouter(run) for run in runs]
+    results = {
+        "machine": describe("scikit-learn"),
+        "run": runs[0].path.name,
+        "split": "dev_b",
+        "n": len(case.dev_b),
+        "calibration": [row for router in routers for row in router.calibrations()],
+        "likelihood_by_spread": likelihood_by_spread(routers),
+        "routers": compare(case, options.fine_tune and not options.quick),
     }
-    results["routers"] = compare(case, options.fine_tune and not options.quick)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 

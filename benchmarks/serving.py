@@ -255,7 +255,7 @@ def routing(quick: bool) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for dtype in ("float32", "auto"):
         router = Router(Encoder(dtype=dtype))  # type: ignore[arg-type]
-        router.n_clusters, router.temperature_ = 8, 1.0
+        router.n_clusters, router.temperatures_ = 8, np.ones(8)
         router.head_ = LinearHead(rng.standard_normal((8, 384)), np.zeros(8))
         name = f"{dtype} ({str(router.encoder.dtype).removeprefix('torch.')})"
         results[name] = {}

@@ -93,19 +93,36 @@ def routers() -> str:
             for router, row in found["routers"].items()
         ]  # fmt: skip
         head = ["router", "right", "loss", "regret", "minus the first"]
-        n = found["calibration_dev_b"]["n"]
         parts += [
-            f"**{label}** (`benchmarks/results/{name}.json`, {n} prompts of `dev_b`; 95 % intervals).",
+            f"**{label}** (`benchmarks/results/{name}.json`; {found['n']} prompts of `dev_b` of {found['run']}; "
+            "95 % intervals).",
             table(head, rows),
-            paragraph(f"{_calibrated(found['calibration_dev_b'], 'dev_b')} {_calibrated(found['calibration'])}"),
+            paragraph(
+                "Calibration of the run's router, fitted on `dev_a`, in ten bins of equal size, beside the range of a "
+                "perfectly calibrated router of as many prompts, and beside a single temperature for all clusters:"
+            ),
+            table(CALIBRATION, [_calibrated(row) for row in found["calibration"]]),
+            paragraph(
+                "Mean -log p of one half of `dev` with temperatures from the other, by the deviation of their prior: "
+                + ", ".join(f"{value:.3f} at {spread}" for spread, value in found["likelihood_by_spread"].items())
+                + "."
+            ),
         ]
     return "\n\n".join(parts)
 
 
-def _calibrated(found: dict[str, Any], split: str | None = None) -> str:
-    error, low, high = (found[name] for name in ("calibration_error", "perfect_low", "perfect_high"))
-    return (
-        f"Calibration error of the first on `{split or found['split']}`: {error:.3f}, "
-        f"{'within' if low <= error <= high else 'outside'} the {low:.3f} to {high:.3f} that a perfectly calibrated "
-        f"router of {found['n']} prompts shows."
-    )
+CALIBRATION = [
+    "run", "prompts", "right", "mean confidence", "-log p", "calibration error", "a perfect router's", "within",
+    "one temperature: -log p", "calibration error",
+]  # fmt: skip
+
+
+def _calibrated(row: dict[str, Any]) -> list[str]:
+    error, low, high = (row[name] for name in ("calibration_error", "perfect_low", "perfect_high"))
+    one = row["one_temperature"]
+    return [
+        row["run"], f"{row['n']} of `{row['split']}`", f"{100 * row['accuracy']:.1f} %",
+        f"{100 * row['confidence']:.1f} %", f"{row['negative_log_likelihood']:.3f}", f"{error:.3f}",
+        f"{low:.3f} to {high:.3f}", "yes" if low <= error <= high else "no",
+        f"{one['negative_log_likelihood']:.3f}", f"{one['calibration_error']:.3f}",
+    ]  # fmt: skip

@@ -6,6 +6,7 @@ from gradientspace.calibration import (
     coverage_curve,
     expected_calibration_error,
     fit_temperature,
+    fit_temperatures,
     negative_log_likelihood,
     select_threshold,
 )
@@ -39,6 +40,33 @@ def test_temperature_does_not_change_the_choice():
     np.testing.assert_allclose(p.sum(axis=1), 1)
 
 
+def test_classes_of_different_sharpness_each_get_their_temperature():
+    """Scores of rows that look like class 0 are four times too sharp; of the others they are right."""
+
+    def planted_by_class(seed):
+        scores, labels = planted(3_000, seed=seed)
+        return np.where((scores.argmax(axis=1) == 0)[:, None], 4 * scores, scores), labels
+
+    temperatures = fit_temperatures(*planted_by_class(0))
+    assert temperatures == pytest.approx([4, 1, 1, 1], rel=0.15)
+    scores, labels = planted_by_class(1)
+    p = calibrated_probabilities(scores, temperatures)
+    np.testing.assert_array_equal(p.argmax(axis=1), scores.argmax(axis=1))
+    one = negative_log_likelihood(scores, labels, fit_temperature(*planted_by_class(0)))
+    assert negative_log_likelihood(scores, labels, temperatures) < one - 0.02
+
+
+def test_few_rows_hardly_move_a_class_from_the_common_temperature():
+    scores, labels = planted(2_000, n_classes=3)
+    rare = np.flatnonzero(scores.argmax(axis=1) == 2)
+    kept = np.setdiff1d(np.arange(2_000), rare[3:])
+    wrong = np.where(np.isin(np.arange(2_000), rare), 0, labels)
+    common, found = fit_temperature(scores[kept], wrong[kept]), fit_temperatures(scores[kept], wrong[kept])
+    assert common < found[2] < 1.5 * common  # three prompts, all wrong
+    none = np.setdiff1d(kept, rare)
+    assert fit_temperatures(scores[none], labels[none])[2] == fit_temperature(scores[none], labels[none])
+
+
 def test_being_always_right_is_not_certainty():
     labels = np.arange(50) % 3
     p = calibrated_probabilities(5.0 * np.eye(3)[labels], fit_temperature(5.0 * np.eye(3)[labels], labels))
@@ -48,6 +76,8 @@ def test_being_always_right_is_not_certainty():
 def test_nothing_to_calibrate():
     assert fit_temperature(np.zeros((0, 3)), np.zeros(0, int)) == 1.0
     assert fit_temperature(np.zeros((5, 1)), np.zeros(5, int)) == 1.0
+    assert fit_temperatures(np.zeros((0, 3)), np.zeros(0, int)).tolist() == [1.0] * 3
+    assert fit_temperatures(np.zeros((5, 1)), np.zeros(5, int)).tolist() == [1.0]
 
 
 def test_calibration_error_of_known_cases():

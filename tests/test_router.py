@@ -80,17 +80,25 @@ def test_save_and_load_keep_every_bit_and_setting(fitted, tmp_path):
     loaded = Router.load(tmp_path, encoder=fitted.encoder)
     prompts, _ = planted(50, seed=3)
     np.testing.assert_array_equal(loaded.predict_proba(prompts), fitted.predict_proba(prompts))
-    for attribute in ("n_clusters", "temperature_", "n_calibration_", "threshold", "random_state"):
-        assert getattr(loaded, attribute) == getattr(fitted, attribute)
+    for attribute in ("n_clusters", "temperatures_", "n_calibration_", "threshold", "random_state"):
+        np.testing.assert_array_equal(getattr(loaded, attribute), getattr(fitted, attribute))
     loaded.save(tmp_path / "again")
     assert (tmp_path / "again" / "router.json").read_text() == (tmp_path / "router.json").read_text()
+
+
+def test_one_temperature_for_all_is_read_as_before(fitted, tmp_path):
+    fitted.save(tmp_path)
+    settings = json.loads((tmp_path / "router.json").read_text())
+    (tmp_path / "router.json").write_text(json.dumps(settings | {"temperature": 2.5}))
+    loaded = Router.load(tmp_path, encoder=fitted.encoder)
+    assert loaded.temperatures_.tolist() == [2.5] * fitted.n_clusters
 
 
 def test_noisy_clusters_choose_a_strong_penalty_and_calibration_lowers_the_loss(fitted):
     assert fitted.head_.C < Router(Words()).fit(*planted()).head_.C
     prompts, clusters = planted(120, noise=0.3, seed=1)
     scores = fitted.head_.predict_scores(fitted.encoder.encode(prompts))
-    calibrated = negative_log_likelihood(scores, clusters, fitted.temperature_)
+    calibrated = negative_log_likelihood(scores, clusters, fitted.temperatures_)
     assert calibrated <= negative_log_likelihood(scores, clusters) + 1e-4
     np.testing.assert_array_equal(fitted.predict_proba(prompts).argmax(axis=1), scores.argmax(axis=1))
 
@@ -100,7 +108,7 @@ def test_two_clusters_keep_both_logits():
     router = Router(Words()).fit(prompts, clusters)
     assert router.head_.weight.shape == (2, 32)
     assert (router.predict(prompts) == clusters).all()
-    assert router.temperature_ == 1.0
+    assert router.temperatures_.tolist() == [1.0] * router.n_clusters
 
 
 def test_one_cluster_is_constant_and_needs_no_encoder(tmp_path):
@@ -198,6 +206,7 @@ def test_a_damaged_folder_is_refused_in_one_line(fitted, tmp_path):
     for change, message in [
         ({"conversation_rule": "old"}, "another version"),
         ({"temperature": None}, "damaged"),
+        ({"temperature": [1.0, 2.0]}, "damaged"),
     ]:
         (tmp_path / "router.json").write_text(json.dumps(settings | change))
         with pytest.raises(RunFolderError, match=message) as error:

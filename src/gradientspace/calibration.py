@@ -14,15 +14,20 @@ from gradientspace.errors import DataError
 _LOG_TEMPERATURE = (np.log(1e-3), np.log(1e3))
 
 
-def calibrated_probabilities(scores: np.ndarray, temperature: float) -> np.ndarray:
-    """`softmax(scores / temperature)`, (n, K) float64."""
-    return softmax(np.asarray(scores, np.float64) / temperature, axis=1)
+def calibrated_probabilities(scores: np.ndarray, temperature: float | np.ndarray) -> np.ndarray:
+    """`softmax(scores / temperature)`, (n, K) float64; with temperatures (K,), that of the row's best class."""
+    return softmax(_scaled(scores, temperature), axis=1)
 
 
-def negative_log_likelihood(scores: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> float:
-    """Mean of `-log p(label)` in nats. `scores`: (n, K), `labels`: (n,) in 0..K-1."""
-    log_p = log_softmax(np.asarray(scores, np.float64) / temperature, axis=1)
+def negative_log_likelihood(scores: np.ndarray, labels: np.ndarray, temperature: float | np.ndarray = 1.0) -> float:
+    """Mean of `-log p(label)` in nats. `scores`: (n, K), `labels`: (n,) in 0..K-1, `temperature`: one or (K,)."""
+    log_p = log_softmax(_scaled(scores, temperature), axis=1)
     return float(-log_p[np.arange(len(labels)), labels].mean())
+
+
+def _scaled(scores: np.ndarray, temperature: float | np.ndarray) -> np.ndarray:
+    scores = np.asarray(scores, np.float64)
+    return scores / np.broadcast_to(temperature, scores.shape[1])[scores.argmax(axis=1)][:, None]
 
 
 def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -36,13 +41,41 @@ def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> float:
     n, n_classes = scores.shape
     if n == 0 or n_classes == 1:
         return 1.0
-    error = 1 / (n + 2)
-    targets = np.full((n, n_classes), error / (n_classes - 1))
-    targets[np.arange(n), labels] = 1 - error
+    return _likeliest(scores, _smoothed(labels, n_classes))
+
+
+def fit_temperatures(scores: np.ndarray, labels: np.ndarray, spread: float = 0.3) -> np.ndarray:
+    """A temperature (K,) for the rows of each best class: sure classes and vague ones are not equally overconfident.
+
+    No choice changes, since a row's scores are all divided by the same number. Few rows say little about a class, so
+    the logarithm of its temperature has a normal prior of deviation `spread` around that of `fit_temperature`, and a
+    class without rows keeps that one. Labels are smoothed as there. The default spread is that with the most likely
+    labels on `dev` of the real mix (`benchmarks/routers.py`).
+    """
+    n_classes = scores.shape[1]
+    common = fit_temperature(scores, labels)
+    if n_classes == 1:
+        return np.array([common])
+    best, targets = scores.argmax(axis=1), _smoothed(labels, n_classes)
+    rows = [best == k for k in range(n_classes)]
+    return np.array([_likeliest(scores[r], targets[r], common, spread) if r.any() else common for r in rows])
+
+
+def _smoothed(labels: np.ndarray, n_classes: int) -> np.ndarray:
+    """Targets (n, K) of Platt's rule, for K > 1."""
+    error = 1 / (len(labels) + 2)
+    targets = np.full((len(labels), n_classes), error / (n_classes - 1))
+    targets[np.arange(len(labels)), labels] = 1 - error
+    return targets
+
+
+def _likeliest(scores: np.ndarray, targets: np.ndarray, around: float = 1.0, spread: float = np.inf) -> float:
+    """The temperature with the largest posterior: its prior is log-normal around a value, or flat."""
     scores = np.asarray(scores, np.float64)
 
     def loss(log_temperature: float) -> float:
-        return float(-(targets * log_softmax(scores / np.exp(log_temperature), axis=1)).sum() / n)
+        surprise = -(targets * log_softmax(scores / np.exp(log_temperature), axis=1)).sum()
+        return float(surprise + ((log_temperature - np.log(around)) / spread) ** 2 / 2)
 
     # Convex in 1/temperature, hence with a single minimum in its logarithm.
     best = minimize_scalar(loss, bounds=_LOG_TEMPERATURE, method="bounded", options={"xatol": 1e-6})
