@@ -12,6 +12,7 @@ from test_gradients_models import MODELS, tiny
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from gradientspace.completion_loss import CompletionTrainer
+from gradientspace.memory import repeated_size
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
@@ -63,7 +64,7 @@ def test_only_supervised_positions_pass_lm_head(tmp_path) -> None:
         patch.setattr(torch.nn.functional, "linear", counting)
         loss_and_gradient(ours, batch, None)
         loss_and_gradient(plain, batch, None)
-    assert seen == [supervised, batch["labels"].numel()]
+    assert seen == [repeated_size(supervised), batch["labels"].numel()]
     assert "forward" not in vars(head)
 
 

@@ -325,6 +325,18 @@ def test_pad_batch_pads_on_the_right():
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
+@pytest.mark.parametrize(
+    ("width", "longest", "padded"),
+    [(7, 999, 7), (31, 999, 31), (33, 999, 34), (301, 999, 304), (993, 999, 999), (1000, 1024, 1024)],
+)
+def test_widths_of_many_batches_repeat_and_never_pass_the_longest_sample(width, longest, padded):
+    class Item:
+        input_ids, labels = [3] * width, [3] * width
+
+    assert pad_batch([Item()], 0, longest=longest)["input_ids"].shape == (1, padded)
+    assert pad_batch([Item()], 0)["input_ids"].shape == (1, width)
+
+
 def test_public_names_are_all_there_and_importing_them_is_light():
     import subprocess
     import sys

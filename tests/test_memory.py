@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from gradientspace.memory import PeakMemory, resident_bytes, return_free_memory
+from gradientspace.memory import PeakMemory, repeated_size, resident_bytes, return_free_memory
 
 
 @pytest.mark.skipif(
@@ -24,6 +24,14 @@ def test_memory_that_is_free_is_returned() -> None:
     assert grown > 100 * 2**20
     assert resident_bytes() - before < grown / 2
     assert len(kept) == 313
+
+
+def test_sizes_repeat_and_are_hardly_larger() -> None:
+    sizes = [repeated_size(n) for n in range(1, 4097)]
+    assert all(n <= size < n * (1 + 1 / 16) or n == size for n, size in enumerate(sizes, start=1))
+    assert len({size for size in sizes if 1024 < size <= 2048}) == 16
+    assert sizes[:31] == list(range(1, 32))
+    assert sorted(sizes) == sizes
 
 
 def test_the_peak_is_seen_after_it_has_passed() -> None:

@@ -30,8 +30,9 @@ def ensemble_losses(
     n, e = len(samples), len(experts.names)
     mixed, single = np.zeros((n, len(mixtures))), np.zeros((n, e if alone else 0))
     with Progress("ensemble losses", n, "sample") as progress:
-        for rows in _batches([len(s.input_ids) for s in samples], batch_size):
-            batch = pad_batch([samples[i] for i in rows], pad_token_id)
+        lengths = [len(s.input_ids) for s in samples]
+        for rows in _batches(lengths, batch_size):
+            batch = pad_batch([samples[i] for i in rows], pad_token_id, longest=max(lengths))
             totals = [torch.zeros(1)] * len(mixtures)
             for k in range(e):
                 logits, where = experts.supervised_logits(k, batch)

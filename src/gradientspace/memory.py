@@ -43,6 +43,17 @@ def resident_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
+def repeated_size(n: int) -> int:
+    """`n` rounded up, by less than a sixteenth, to one of sixteen sizes a doubling, so that sizes of tensors repeat.
+
+    For every size it has not seen the CPU's matrix library compiles a kernel, and keeps it in the midst of memory that
+    is free a moment later. With batches of any size a long process ends with its memory in thousands of holes between
+    kernels, and a search through them for every tensor.
+    """
+    step = 1 << max(0, n.bit_length() - 5)
+    return -(-n // step) * step
+
+
 def return_free_memory() -> None:
     """Give memory that is free back to the system, where the C library can (glibc).
 

@@ -128,12 +128,13 @@ def train_adapter(
         callbacks = [*callbacks, _tensorboard(logs)]
     with _folder(checkpoints) as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")  # users can do nothing about it
+        longest = max(len(sample.input_ids) for sample in [*samples, *held_out])
         trainer = CompletionTrainer(
             model=model,
             args=_arguments(config, output_dir=str(folder), **phase),
             train_dataset=_Rows(samples),
             eval_dataset=_Rows(held_out) if keep_best else None,
-            data_collator=lambda rows: pad_batch([row["sample"] for row in rows], pad_token_id),
+            data_collator=lambda rows: pad_batch([row["sample"] for row in rows], pad_token_id, longest=longest),
             callbacks=[_show_progress(label), *([keep_best] if keep_best else []), *callbacks],
             checkpoint_seconds=config.checkpoint_seconds if checkpoints else math.inf,
             made_from=made_from,

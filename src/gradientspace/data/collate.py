@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from gradientspace.data.sample import IGNORE_INDEX
+from gradientspace.memory import repeated_size
 
 if TYPE_CHECKING:
     import torch
@@ -21,14 +22,20 @@ class TokenisedSample(Protocol):
     def labels(self) -> Sequence[int]: ...
 
 
-def pad_batch(samples: Sequence[TokenisedSample], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """`input_ids`, `attention_mask` and `labels`, each (b, longest) int64, padded on the right.
+def pad_batch(
+    samples: Sequence[TokenisedSample], pad_token_id: int, *, longest: int | None = None
+) -> dict[str, torch.Tensor]:
+    """`input_ids`, `attention_mask` and `labels`, each (b, width) int64, padded on the right.
 
-    Padding has label -100 and mask 0.
+    Padding has label -100 and mask 0. The width is that of the longest sample; who makes many batches gives the
+    `longest` length of them all, and widths repeat: see `repeated_size`. None is beyond it.
     """
     import torch
 
-    shape = (len(samples), max(len(sample.input_ids) for sample in samples))
+    width = max(len(sample.input_ids) for sample in samples)
+    if longest is not None:
+        width = min(repeated_size(width), max(width, longest))
+    shape = (len(samples), width)
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)

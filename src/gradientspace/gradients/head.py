@@ -22,6 +22,7 @@ from gradientspace.errors import ModelError
 from gradientspace.gradients.attach import eval_mode, replaced_forwards
 from gradientspace.gradients.layers import GradientSink
 from gradientspace.gradients.rows import ConsecutiveRows
+from gradientspace.memory import repeated_size
 
 # Bytes of fp32 logits that exist at once. Measured on two CPU cores: 4 to 64 MB are equally fast.
 CHUNK_BYTES = 32 * 2**20
@@ -215,10 +216,11 @@ class Head:
 @contextmanager
 def of_rows(lm_head: Any, rows: Tensor) -> Iterator[None]:
     """Inside, lm_head makes logits of these rows (n,) of the flattened (b T, H) hidden states only: (1, n, V)."""
-    whole = lm_head.forward
+    whole, n = lm_head.forward, len(rows)
+    repeated = torch.cat([rows, rows[:1].expand(repeated_size(n) - n)])  # what is too much is cut off again
 
     def selecting(hidden: Tensor) -> Tensor:
-        return whole(hidden.flatten(0, 1)[rows][None])
+        return whole(hidden.flatten(0, 1)[repeated][None])[:, :n]
 
     with replaced_forwards([(lm_head, selecting)]):
         yield
