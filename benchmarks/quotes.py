@@ -16,7 +16,7 @@ CELLS = ("real noise, K 4, cosine 0.02", "noise decay 0.4, cosine 0.05", "imbala
 
 def sentences() -> list[str]:
     """Pieces of the page, white space aside."""
-    return [*diagnosis(), *routers(), *clusterer(), *main_table(), *headline(), *real_mix()]
+    return [*diagnosis(), *routers(), *clusterer(), *main_table(), *headline(), *ablations(), *real_mix()]
 
 
 def diagnosis() -> list[str]:
@@ -128,6 +128,23 @@ def headline() -> list[str]:
         interval(pairs[f"gradientspace - {other}"]["loss"]) for other in ("single", "elrea", "embedding")
     )
     return [f"against one LoRA {single} nats, against ELREA {elrea}, against embedding clusters {embedding}"]
+
+
+def ablations() -> list[str]:
+    """Projection and compute on the main table's config."""
+    widths, compute = read("ablations/projection"), read("ablations/compute")
+    methods = ("plain", "less", "projection-2048", "projection-512")
+    rand = [f"{widths['groupings'][m]['agreement']['domain']['ari']['mean']:.3f}" for m in methods]
+    minus = [interval(widths["comparisons"][f"{m} - single"]["loss"]) for m in methods]
+    routed = interval(widths["comparisons"]["gradientspace - single"]["loss"])
+    long = interval(compute["comparisons"]["single-long - single"]["loss"])
+    return [
+        f"at {rand[0]} (adjusted Rand) in full dimension, {rand[1]} projected to 8,192 numbers, {rand[2]} to 2,048 and "
+        f"{rand[3]} to 512",
+        f"{minus[0]}, {minus[1]}, {minus[2]} and {minus[3]} nats",
+        f"which gains {routed} with the same pass",
+        f"learns them by heart, {long} nats",
+    ]
 
 
 def real_mix() -> list[str]:
