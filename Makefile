@@ -83,8 +83,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/gradients.py --quick
 
 # The main table and everything measured beside it; killed and started again, it goes on. SEEDS=1 for a first look.
-# Each seed has a process of its own: after half an hour of batches of any width the C library's heap is full of holes,
-# and searching them takes a share of the time that grows.
+# Each seed has a process of its own, whose memory starts without holes.
 SEEDS ?= 3
 MAIN_RUN := runs/real-mix-seed0
 COMPARE := $(BIN)/gradientspace compare benchmarks/paper/real-mix.yaml
