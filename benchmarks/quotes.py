@@ -9,6 +9,7 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
+from paper_page import minus_single
 from wording import interval, read
 
 CELLS = ("real noise, K 4, cosine 0.02", "noise decay 0.4, cosine 0.05", "imbalance 20")
@@ -138,7 +139,14 @@ def ablations() -> list[str]:
     minus = [interval(widths["comparisons"][f"{m} - single"]["loss"]) for m in methods]
     routed = interval(widths["comparisons"]["gradientspace - single"]["loss"])
     long = interval(compute["comparisons"]["single-long - single"]["loss"])
+    by_k = read("ablations/k")
+    variants = [f"k-{k}-dev_b-seed0" for k in (2, 4, 8, 16)]
+    gained = [(minus_single(by_k, f"{v}/gradientspace") or {})["mean"] for v in variants]
+    gains = ", ".join(f"{gain:+.4f}" for gain in gained[:-1]) + f" and {gained[-1]:+.4f}"
+    behind = [by_k["comparisons"][f"{v}/gradientspace - {v}/embedding"]["loss"]["mean"] for v in variants]
     return [
+        f"gain {gains} nats over one LoRA with 2, 4, 8 and 16",
+        f"({max(behind):+.4f} at worst, {min(behind):+.4f} at best, every interval with zero in it)",
         f"at {rand[0]} (adjusted Rand) in full dimension, {rand[1]} projected to 8,192 numbers, {rand[2]} to 2,048 and "
         f"{rand[3]} to 512",
         f"{minus[0]}, {minus[1]}, {minus[2]} and {minus[3]} nats",
