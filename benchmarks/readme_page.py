@@ -94,7 +94,7 @@ def headline() -> str:
     found = read_table(RESULTS / "real-mix-headline.json")
     pairs = [
         f"{interval(found['comparisons'][f'gradientspace - {name}']['loss'])} against {label}"
-        f" ({'clear' if found['comparisons'][f'gradientspace - {name}']['clear'] else 'level'})"
+        f" ({'clear' if found['comparisons'][f'gradientspace - {name}']['clear'] else 'not clear'})"
         for name, label in (("single", "one LoRA"), ("elrea", "ELREA"), ("embedding", "embedding clusters"))
     ]
     return paragraph(f"The same three pairs over {len(found['seeds'])} seeds: {pairs[0]}, {pairs[1]}, {pairs[2]}.")
