@@ -92,9 +92,8 @@ def real_mix() -> str:
 def headline() -> str:
     """The pairs that matter most, on more seeds."""
     found = read_table(RESULTS / "real-mix-headline.json")
-    pairs = [
-        f"{interval(found['comparisons'][f'gradientspace - {name}']['loss'])} against {label}"
-        f" ({'clear' if found['comparisons'][f'gradientspace - {name}']['clear'] else 'not clear'})"
-        for name, label in (("single", "one LoRA"), ("elrea", "ELREA"), ("embedding", "embedding clusters"))
-    ]
-    return paragraph(f"The same three pairs over {len(found['seeds'])} seeds: {pairs[0]}, {pairs[1]}, {pairs[2]}.")
+    parts = []
+    for name, label in (("single", "one LoRA"), ("elrea", "ELREA"), ("embedding", "embedding clusters")):
+        pair = found["comparisons"][f"gradientspace - {name}"]
+        parts.append(f"{interval(pair['loss'])} against {label} ({'clear' if pair['clear'] else 'not clear'})")
+    return paragraph(f"The same three pairs over {len(found['seeds'])} seeds: {', '.join(parts)}.")

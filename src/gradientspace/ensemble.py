@@ -31,8 +31,9 @@ def ensemble_losses(
     mixed, single = np.zeros((n, len(mixtures))), np.zeros((n, e if alone else 0))
     with Progress("ensemble losses", n, "sample") as progress:
         lengths = [len(s.input_ids) for s in samples]
+        longest = max(lengths, default=0)
         for rows in _batches(lengths, batch_size):
-            batch = pad_batch([samples[i] for i in rows], pad_token_id, longest=max(lengths))
+            batch = pad_batch([samples[i] for i in rows], pad_token_id, longest=longest)
             totals = [torch.zeros(1)] * len(mixtures)
             for k in range(e):
                 logits, where = experts.supervised_logits(k, batch)

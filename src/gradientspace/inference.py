@@ -113,8 +113,9 @@ class Experts:
         losses, tokens = np.zeros(len(samples)), np.zeros(len(samples), dtype=np.int64)
         with Progress("losses", len(samples), "sample") as progress:
             lengths = [len(s.input_ids) for s in samples]
+            longest = max(lengths, default=0)
             for expert, rows in _batches(experts, lengths, batch_size):
-                batch = pad_batch([samples[i] for i in rows], pad_token_id, longest=max(lengths))
+                batch = pad_batch([samples[i] for i in rows], pad_token_id, longest=longest)
                 logits, where = self.supervised_logits(expert, batch)
                 losses[rows], tokens[rows] = mean_losses(logits, where), where.counts.cpu().numpy()
                 progress.advance(len(rows))

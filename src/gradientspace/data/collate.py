@@ -27,8 +27,8 @@ def pad_batch(
 ) -> dict[str, torch.Tensor]:
     """`input_ids`, `attention_mask` and `labels`, each (b, width) int64, padded on the right.
 
-    Padding has label -100 and mask 0. The width is that of the longest sample; who makes many batches gives the
-    `longest` length of them all, and widths repeat: see `repeated_size`. None is beyond it.
+    Padding has label -100 and mask 0. The width is that of the longest sample. Who makes many batches gives the
+    `longest` length of them all: widths are then rounded up to repeat (see `repeated_size`), never beyond it.
     """
     import torch
 
