@@ -9,13 +9,15 @@ the lowest loss on dev_a (experts were not trained there), and a soft mix, every
 
 The saved router's calibration is shown for every run, say one for each seed, on dev_b and on the split that the run is
 evaluated on, in 10 bins of equal size beside the range in which the calibration error of a perfectly calibrated router
-of that size lies in 95 % of draws.
+of that size lies in 95 % of draws. The split's prompts are also weighed so that every source has its share of dev: a
+router can only be calibrated for prompts like those that it was calibrated on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,6 @@ from sklearn.neighbors import KNeighborsClassifier
 from gradientspace.assignments import Assignments
 from gradientspace.calibration import (
     calibrated_probabilities,
-    expected_calibration_error,
     fit_temperature,
     fit_temperatures,
     negative_log_likelihood,
@@ -50,6 +51,7 @@ NEIGHBOURS = (5, 15, 50, 150)
 SPREADS = (0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 3.0)
 SOFTNESS = 0.05
 """Nats: an expert that much worse than another weighs 1/e of it in the soft mix."""
+AS_DEV = "sources weighed as in dev"
 
 
 class Case:
@@ -239,9 +241,20 @@ class RunRouter:
 
     def seen(self, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
         """Scores (m, K) and clusters (m,) of the samples whose gradient has a cluster."""
-        clusters = self.clusters[[self.position[sample.id] for sample in samples]]
+        clusters = self.known(samples)
         scores = self.head.predict_scores(self.job.encoder.encode([routing_text(sample.prompt) for sample in samples]))
         return scores[clusters >= 0], clusters[clusters >= 0]
+
+    def known(self, samples: Sequence[Sample]) -> np.ndarray:
+        """Cluster of every sample (n,), -1 where its gradient has none."""
+        return self.clusters[[self.position[sample.id] for sample in samples]]
+
+    def dev_weights(self, samples: Sequence[Sample]) -> np.ndarray:
+        """(m,) a source's share of dev over its share of the samples whose gradient has a cluster."""
+        dev = Counter(sample.source for sample in [*self.job.data.dev_a, *self.job.data.dev_b])
+        sources = [s.source for s, cluster in zip(samples, self.known(samples), strict=True) if cluster >= 0]
+        here = Counter(sources)
+        return np.array([dev[source] / dev.total() * len(sources) / here[source] for source in sources])
 
     def calibrations(self) -> list[dict[str, Any]]:
         """Fitted on dev_a, on dev_b and on the split of the run's evaluation.
@@ -249,15 +262,18 @@ class RunRouter:
         Beside the temperature of every cluster, what a single one gives.
         """
         one, each = fit_temperature(*self.dev_a), fit_temperatures(*self.dev_a)
-        parts = {"dev_b": self.dev_b, self.run.config.evaluation.split: self.seen(self.job.evaluated())}
+        samples, split = self.job.evaluated(), self.run.config.evaluation.split
+        seen = self.seen(samples)
         rows = []
-        for split, known in parts.items():
-            row = {"run": self.run.path.name, "split": split, **calibration(*known, each)}
-            row["one_temperature"] = calibration(*known, one)
+        for name, known, weights in (
+            ("dev_b", self.dev_b, None), (split, seen, None), (f"{split}, {AS_DEV}", seen, self.dev_weights(samples)),
+        ):  # fmt: skip
+            row = {"run": self.run.path.name, "split": name, **calibration(*known, each, weights)}
+            row["one_temperature"] = calibration(*known, one, weights)
             rows.append(row)
-            for name, shown in (("each cluster's temperature", row), ("one temperature", row["one_temperature"])):
+            for way, shown in (("each cluster's temperature", row), ("one temperature", row["one_temperature"])):
                 print(
-                    f"{row['run']}, {split}, {name}: -log p {shown['negative_log_likelihood']:.4f}, calibration error "
+                    f"{row['run']}, {name}, {way}: -log p {shown['negative_log_likelihood']:.4f}, calibration error "
                     f"{shown['calibration_error']:.4f}; a perfect router of {shown['n']} prompts: "
                     f"{shown['perfect_low']:.4f} to {shown['perfect_high']:.4f}",
                     flush=True,
@@ -280,32 +296,42 @@ def likelihood_by_spread(routers: Sequence[RunRouter]) -> dict[str, float]:
 
 
 def calibration(
-    scores: np.ndarray, clusters: np.ndarray, temperature: float | np.ndarray, draws: int = 2000
+    scores: np.ndarray,
+    clusters: np.ndarray,
+    temperature: float | np.ndarray,
+    weights: np.ndarray | None = None,
+    draws: int = 2000,
 ) -> dict[str, Any]:
-    """Likelihood, ten bins of equal size, their error, and what perfect calibration would show. (n, K), (n,)."""
+    """Likelihood, ten bins of equal weight, their error, and a perfect router's. `scores`: (n, K), the others (n,)."""
     probabilities = calibrated_probabilities(scores, temperature)
     right, confidence = probabilities.argmax(1) == clusters, probabilities.max(1)
     order = np.argsort(confidence, kind="stable")
-    generator = np.random.default_rng(0)
+    w = (np.ones(len(order)) if weights is None else weights)[order]
+    w = w / w.sum()
+    right, confidence = right[order], confidence[order]
+    bins = np.minimum((10 * (w.cumsum() - w / 2)).astype(int), 9)
+
+    def binned(values: np.ndarray) -> np.ndarray:
+        return np.bincount(bins, w * values, minlength=10)
 
     def error(is_right: np.ndarray) -> float:
-        # Two columns stand for "the routed cluster" and "another": only the best probability counts.
-        pairs = np.stack([confidence, np.full(len(confidence), -1.0)], axis=1)
-        return expected_calibration_error(pairs, np.where(is_right, 0, 1))
+        return float(abs(binned(is_right - confidence)).sum())
 
-    null = [error(generator.random(len(confidence)) < confidence) for _ in range(draws)]
-    low, high = np.quantile(null, [0.025, 0.975])
+    generator = np.random.default_rng(0)
+    low, high = np.quantile([error(generator.random(len(w)) < confidence) for _ in range(draws)], [0.025, 0.975])
+    log_p = np.log(probabilities[np.arange(len(clusters)), clusters])[order]
+    mass = binned(np.ones(len(w)))
     return {
         "n": len(clusters),
-        "accuracy": float(right.mean()),
-        "confidence": float(confidence.mean()),
-        "negative_log_likelihood": negative_log_likelihood(scores, clusters, temperature),
+        "accuracy": float(w @ right),
+        "confidence": float(w @ confidence),
+        "negative_log_likelihood": float(-w @ log_p),
         "calibration_error": error(right),
         "perfect_low": float(low),
         "perfect_high": float(high),
         "bins": [
-            {"confidence": float(confidence[rows].mean()), "accuracy": float(right[rows].mean()), "n": len(rows)}
-            for rows in np.array_split(order, 10)
+            {"confidence": float(c), "accuracy": float(a), "n": int((bins == i).sum())}
+            for i, (c, a) in enumerate(zip(binned(confidence) / mass, binned(right) / mass, strict=True))
         ],
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from test_gradients import make_samples, padded
 from test_gradients_models import MODELS, tiny
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
-from gradientspace.completion_loss import CompletionTrainer
+from gradientspace import completion_loss
+from gradientspace.completion_loss import CompletionTrainer, parts
 from gradientspace.memory import repeated_size
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -44,6 +46,50 @@ def test_loss_and_gradient_are_those_of_all_logits(name: str, n: int | None, tmp
     found = loss_and_gradient(ours, batch, n)
     torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=1e-6)
     assert (found[1] - expected[1]).norm() <= 1e-5 * expected[1].norm()
+
+
+@pytest.mark.parametrize("max_tokens", [1, 24, 40, 10**6])
+def test_parts_of_a_batch_hold_its_rows_once_with_less_padding(max_tokens: int) -> None:
+    batch = padded(make_samples(8))
+    found = parts(batch, max_tokens)
+    assert (len(found) == 1) == (max_tokens >= batch["input_ids"].numel())
+    rows = [
+        (tuple(ids[mask.bool()].tolist()), tuple(labels[mask.bool()].tolist()))
+        for part in [batch, *found]
+        for ids, mask, labels in zip(part["input_ids"], part["attention_mask"], part["labels"], strict=True)
+    ]
+    assert sorted(rows[:8]) == sorted(rows[8:])
+    for part in found:
+        assert len(part["input_ids"]) == 1 or part["input_ids"].numel() <= max(max_tokens, 1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_in_parts_is_a_step_of_the_whole_batch(name: str, tmp_path) -> None:
+    model = tiny(name)
+    batch = padded(make_samples(8))
+    supervised = int((batch["labels"][:, 1:] != -100).sum())
+    ours, _ = trainers(model, tmp_path)
+    ours.create_optimizer()
+    switch_off_dropout(model)
+    found = []
+    for max_tokens in (10**6, 30):
+        model.zero_grad()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(completion_loss, "parts", partial(parts, max_tokens=max_tokens))
+            loss = ours.training_step(model, dict(batch), supervised)
+        found.append((loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    (whole, expected), (in_parts, gradient) = found
+    torch.testing.assert_close(in_parts, whole, rtol=1e-5, atol=1e-6)
+    assert (gradient - expected).norm() <= 1e-5 * expected.norm()
+
+
+def switch_off_dropout(model: torch.nn.Module) -> None:
+    """`training_step` puts the model into training mode, where GPT-2 and OPT have dropout of their own."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
 
 
 def test_only_supervised_positions_pass_lm_head(tmp_path) -> None:

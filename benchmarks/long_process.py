@@ -1,0 +1,145 @@
+"""Whether a long process keeps its speed: the same batches at its start and after hundreds of others.
+
+    python benchmarks/long_process.py --json benchmarks/results/long-process.json
+    python benchmarks/long_process.py --quick                      a smoke size, under a minute
+
+Work: steps of training (forward and backward of 16 rows), and micro-batches of a server (8 prompts in turn over 4
+experts, 4 new tokens each). Arms, each in a process of its own whose memory starts without holes: batches as wide as
+their longest row with as many supervised positions as they have, and both rounded up to sizes that repeat
+(`gradientspace.memory.repeated_size`). Memory is the resident set's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from gradients import MODEL, QUICK_MODEL, VOCABULARY, Sample, make_model
+from machine import describe
+from serving import N_EXPERTS, SHAPES, base_model, run_requests, save_adapters
+from training import ARMS, ROWS
+
+import gradientspace.data.collate
+import gradientspace.generation
+import gradientspace.gradients.head
+from gradientspace.data import pad_batch
+from gradientspace.memory import resident_bytes
+from gradientspace.stacked import StackedExperts
+
+ANY, REPEATED = "any size", "repeated sizes"
+ROUNDING = (gradientspace.data.collate, gradientspace.generation, gradientspace.gradients.head)
+"""The modules that round sizes up."""
+SHORTEST, LONGEST = 32, 384
+WINDOW, BETWEEN = 40, 1_000
+QUICK_WINDOW, QUICK_BETWEEN = 2, 4
+
+Step = Callable[[random.Random], None]
+"""Makes a batch from random numbers, and does its work."""
+
+
+def lengths(numbers: random.Random, rows: int) -> list[int]:
+    """Tokens of each row of a batch of neighbours in length, as grouping by length makes them."""
+    longest = numbers.randint(SHORTEST, LONGEST)
+    return [max(SHORTEST, longest - numbers.randint(0, 31)) for _ in range(rows)]
+
+
+@contextmanager
+def training(quick: bool) -> Iterator[Step]:
+    model = make_model(QUICK_MODEL if quick else MODEL, device="cpu", dtype=torch.float32)
+    with ARMS[ROWS](model) as run:
+
+        def step(numbers: random.Random) -> None:
+            tokens = torch.Generator().manual_seed(numbers.getrandbits(32))
+            samples = [Sample(n, numbers.randrange(n), tokens, VOCABULARY) for n in lengths(numbers, 16)]
+            run(pad_batch(samples, 0, longest=LONGEST))
+
+        yield step
+
+
+@contextmanager
+def serving(quick: bool) -> Iterator[Step]:
+    shape = SHAPES["demo" if quick else "tiny-base"]
+    with ExitStack() as stack:
+        folders = save_adapters(shape, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        experts = stack.enter_context(StackedExperts(base_model(shape), folders))
+
+        def step(numbers: random.Random) -> None:
+            prompts = [[numbers.randrange(shape["vocab_size"]) for _ in range(n)] for n in lengths(numbers, 8)]
+            run_requests(experts, [i % N_EXPERTS for i in range(len(prompts))], 4, prompts)
+
+        yield step
+
+
+WORK = {"training": training, "serving": serving}
+
+
+def one_arm(work: str, arm: str, quick: bool) -> dict[str, float]:
+    """In a process of its own: a window of batches, many others, and the window again."""
+    if arm == ANY:
+        for module in ROUNDING:
+            module.repeated_size = int
+    window, between = (QUICK_WINDOW, QUICK_BETWEEN) if quick else (WINDOW, BETWEEN)
+    found: dict[str, float] = {}
+    with WORK[work](quick) as step:
+        step(random.Random(-1))  # what is only done once
+        for when in ("early", "late"):
+            start = time.perf_counter()
+            for number in range(window):
+                step(random.Random(number))
+            found[f"{when}_seconds"] = time.perf_counter() - start
+            found[f"{when}_resident_mb"] = resident_bytes() / 2**20
+            if when == "early":
+                for number in range(window, window + between):
+                    step(random.Random(number))
+                found["between_seconds"] = time.perf_counter() - start
+    return found
+
+
+def measure(work: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    arms = {}
+    for arm in (ANY, REPEATED):
+        command = [sys.executable, __file__, "--one-arm", work, arm, "--threads", str(options.threads)]
+        command += ["--quick"] if options.quick else []
+        found = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
+        arms[arm] = {**found, "late_over_early": found["late_seconds"] / found["early_seconds"]}
+        print(
+            f"{work:9} {arm:15} {found['early_seconds']:6.1f} s early, {found['late_seconds']:6.1f} s late, "
+            f"{found['early_resident_mb']:6.0f} MB early, {found['late_resident_mb']:6.0f} MB late",
+            flush=True,
+        )
+    return arms
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
+    parser.add_argument("--one-arm", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")
+    if options.one_arm:
+        print(json.dumps(one_arm(*options.one_arm, quick=options.quick)))
+        return
+    window, between = (QUICK_WINDOW, QUICK_BETWEEN) if options.quick else (WINDOW, BETWEEN)
+    work = {name: measure(name, options) for name in options.work}
+    results = {"machine": describe("transformers", "peft"), "window": window, "between": between, "work": work}
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
