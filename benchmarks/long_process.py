@@ -3,10 +3,10 @@
     python benchmarks/long_process.py --json benchmarks/results/long-process.json
     python benchmarks/long_process.py --quick                      a smoke size, under a minute
 
-Work: steps of training (forward and backward of 16 rows), and micro-batches of a server (8 prompts in turn over 4
-experts, 4 new tokens each). Arms, each in a process of its own whose memory starts without holes: batches as wide as
-their longest row with as many supervised positions as they have, and both rounded up to sizes that repeat
-(`gradientspace.memory.repeated_size`). Memory is the resident set's.
+Work, with a small base in bf16: steps of training (forward and backward of 16 rows), and micro-batches of a server (8
+prompts in turn over 4 experts, 4 new tokens each). Arms, each in a process of its own whose memory starts without
+holes: batches as wide as their longest row with as many supervised positions as they have, and both rounded up to sizes
+that repeat (`gradientspace.memory.repeated_size`). Memory is the resident set's.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from gradients import MODEL, QUICK_MODEL, VOCABULARY, Sample, make_model
+from gradients import Sample, make_model
 from machine import describe
 from serving import N_EXPERTS, SHAPES, base_model, run_requests, save_adapters
-from training import ARMS, ROWS
+from training import in_parts
 
+import gradientspace.completion_loss
 import gradientspace.data.collate
 import gradientspace.generation
 import gradientspace.gradients.head
@@ -38,10 +39,15 @@ from gradientspace.memory import resident_bytes
 from gradientspace.stacked import StackedExperts
 
 ANY, REPEATED = "any size", "repeated sizes"
-ROUNDING = (gradientspace.data.collate, gradientspace.generation, gradientspace.gradients.head)
+ROUNDING = (
+    gradientspace.completion_loss,
+    gradientspace.data.collate,
+    gradientspace.generation,
+    gradientspace.gradients.head,
+)
 """The modules that round sizes up."""
 SHORTEST, LONGEST = 32, 384
-WINDOW, BETWEEN = 40, 1_000
+WINDOW, BETWEEN = 30, 400
 QUICK_WINDOW, QUICK_BETWEEN = 2, 4
 
 Step = Callable[[random.Random], None]
@@ -49,30 +55,29 @@ Step = Callable[[random.Random], None]
 
 
 def lengths(numbers: random.Random, rows: int) -> list[int]:
-    """Tokens of each row of a batch of neighbours in length, as grouping by length makes them."""
-    longest = numbers.randint(SHORTEST, LONGEST)
-    return [max(SHORTEST, longest - numbers.randint(0, 31)) for _ in range(rows)]
+    """Tokens of each row of a batch."""
+    return [numbers.randint(SHORTEST, LONGEST) for _ in range(rows)]
 
 
 @contextmanager
-def training(quick: bool) -> Iterator[Step]:
-    model = make_model(QUICK_MODEL if quick else MODEL, device="cpu", dtype=torch.float32)
-    with ARMS[ROWS](model) as run:
+def training(shape: dict[str, int]) -> Iterator[Step]:
+    size = {key: value for key, value in shape.items() if key not in ("vocab_size", "rank", "new_tokens")}
+    model = make_model(size, vocabulary=shape["vocab_size"], device="cpu", dtype=torch.bfloat16)
+    with in_parts()(model) as run:
 
         def step(numbers: random.Random) -> None:
             tokens = torch.Generator().manual_seed(numbers.getrandbits(32))
-            samples = [Sample(n, numbers.randrange(n), tokens, VOCABULARY) for n in lengths(numbers, 16)]
+            samples = [Sample(n, numbers.randrange(n), tokens, shape["vocab_size"]) for n in lengths(numbers, 16)]
             run(pad_batch(samples, 0, longest=LONGEST))
 
         yield step
 
 
 @contextmanager
-def serving(quick: bool) -> Iterator[Step]:
-    shape = SHAPES["demo" if quick else "tiny-base"]
+def serving(shape: dict[str, int]) -> Iterator[Step]:
     with ExitStack() as stack:
         folders = save_adapters(shape, Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        experts = stack.enter_context(StackedExperts(base_model(shape), folders))
+        experts = stack.enter_context(StackedExperts(base_model(shape).to(torch.bfloat16), folders))
 
         def step(numbers: random.Random) -> None:
             prompts = [[numbers.randrange(shape["vocab_size"]) for _ in range(n)] for n in lengths(numbers, 8)]
@@ -84,6 +89,14 @@ def serving(quick: bool) -> Iterator[Step]:
 WORK = {"training": training, "serving": serving}
 
 
+def timed(when: str, step: Step, batches: range) -> dict[str, float]:
+    start = time.perf_counter()
+    for number in batches:
+        step(random.Random(number))
+    seconds = time.perf_counter() - start
+    return {f"{when}_seconds": seconds, f"{when}_resident_mb": resident_bytes() / 2**20}
+
+
 def one_arm(work: str, arm: str, quick: bool) -> dict[str, float]:
     """In a process of its own: a window of batches, many others, and the window again."""
     if arm == ANY:
@@ -91,18 +104,11 @@ def one_arm(work: str, arm: str, quick: bool) -> dict[str, float]:
             module.repeated_size = int
     window, between = (QUICK_WINDOW, QUICK_BETWEEN) if quick else (WINDOW, BETWEEN)
     found: dict[str, float] = {}
-    with WORK[work](quick) as step:
+    with WORK[work](SHAPES["demo" if quick else "tiny-base"]) as step:
         step(random.Random(-1))  # what is only done once
-        for when in ("early", "late"):
-            start = time.perf_counter()
-            for number in range(window):
-                step(random.Random(number))
-            found[f"{when}_seconds"] = time.perf_counter() - start
-            found[f"{when}_resident_mb"] = resident_bytes() / 2**20
-            if when == "early":
-                for number in range(window, window + between):
-                    step(random.Random(number))
-                found["between_seconds"] = time.perf_counter() - start
+        found |= timed("early", step, range(window))
+        found |= timed("between", step, range(window, window + between))
+        found |= timed("late", step, range(window))
     return found
 
 

@@ -27,9 +27,21 @@ def test_every_section_runs_and_every_arm_is_exact(tmp_path):
 
 @pytest.mark.benchmark
 @pytest.mark.e2e
-def test_training_steps_with_and_without_the_prompts_logits_are_timed(tmp_path):
+def test_training_steps_are_timed_by_their_logits_and_by_their_parts(tmp_path):
     path = tmp_path / "results.json"
     subprocess.run([sys.executable, BENCHMARK.with_name("training.py"), "--quick", "--json", path], check=True)
-    cells = json.loads(path.read_text())["cells"]
-    assert [cell["prompt_share"] for cell in cells] == [0.25, 0.75]
-    assert all(set(cell["arms"]) == {"all logits", "supervised rows"} for cell in cells)
+    results = json.loads(path.read_text())
+    assert [cell["prompt_share"] for cell in results["cells"]] == [0.25, 0.75]
+    assert all(set(cell["arms"]) == {"all logits", "supervised rows"} for cell in results["cells"])
+    assert {"whole batch", "1024 tokens"} <= set(results["parts"]["arms"])
+    assert 0 < results["parts"]["padding"] < 1
+
+
+@pytest.mark.benchmark
+@pytest.mark.e2e
+def test_a_long_process_is_timed_with_sizes_as_they_come_and_repeated(tmp_path):
+    path = tmp_path / "results.json"
+    subprocess.run([sys.executable, BENCHMARK.with_name("long_process.py"), "--quick", "--json", path], check=True)
+    work = json.loads(path.read_text())["work"]
+    assert set(work) == {"training", "serving"}
+    assert all(set(arms) == {"any size", "repeated sizes"} for arms in work.values())

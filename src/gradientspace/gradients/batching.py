@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradientspace.data import TokenisedSample
 from gradientspace.errors import DataError
+from gradientspace.memory import repeated_size
 
 
 @dataclass(slots=True)
@@ -78,11 +79,12 @@ def plan_batches(
 
 
 def right_padded(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[int]]:
-    """input_ids and labels (b, T) with all padding moved to the right, cut to the longest sample; lengths.
+    """input_ids and labels (b, T) with all padding moved to the right, cut to what the longest sample needs; lengths.
 
-    A causal model never looks right, so right-padded rows need no attention mask and positions start at 0 in
-    every row, just as for the sample alone. Labels of padding are dropped. Raises DataError, naming the row,
-    for a mask with a hole or a row without tokens or without a supervised token.
+    T is the longest sample's length, rounded up to repeat (see `repeated_size`) where the batch is as wide. A causal
+    model never looks right, so right-padded rows need no attention mask and positions start at 0 in every row, just as
+    for the sample alone. Labels of padding are dropped. Raises DataError, naming the row, for a mask with a hole or a
+    row without tokens or without a supervised token.
     """
     input_ids, labels = batch["input_ids"], batch["labels"]
     mask = batch.get("attention_mask")
@@ -96,7 +98,7 @@ def right_padded(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[int]]:
     last = mask.shape[1] - mask.flip(1).int().argmax(dim=1)
     for row in ((last - first) != count).nonzero().flatten().tolist():
         raise DataError(f"row {row + 1} of the batch: its attention mask is empty or has a hole in it")
-    length = int(count.max())
+    length = min(repeated_size(int(count.max())), mask.shape[1])
     take = first[:, None] + torch.arange(length, device=mask.device)
     inside = torch.arange(length, device=mask.device) < count[:, None]
     take = take.clamp(max=mask.shape[1] - 1)

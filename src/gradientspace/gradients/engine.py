@@ -101,6 +101,7 @@ class PerSampleGradients:
         self.packing = packing
         self.layout: list[Block]
         self.excluded: list[ExcludedSample] = []
+        self._longest = 0  # of the samples that were planned last
         self._closed = False
         self._losses: Tensor | None = None
         self._norms: Tensor | None = None
@@ -161,7 +162,7 @@ class PerSampleGradients:
             raise ValueError("this engine is closed")
         # Looked at on the CPU, where it usually is: every look at a GPU's numbers would wait for all its work.
         input_ids, labels, lengths = right_padded({key: value.cpu() for key, value in batch.items()})
-        return self._run(input_ids, labels, lengths, self._packs(lengths, labels.numel()))
+        return self._run(input_ids, labels, lengths, self._packs(lengths))
 
     def _run(self, input_ids: Tensor, labels: Tensor, lengths: list[int], packed: bool) -> Tensor:
         """`input_ids` and `labels` (b, T) on the CPU."""
@@ -220,6 +221,7 @@ class PerSampleGradients:
         check_samples(samples)
         self.excluded = []
         lengths = [len(sample.input_ids) for sample in samples]
+        self._longest = max(lengths, default=0)
         limit = max(1, GRADIENT_BYTES // (4 * self.dim))
         return plan_batches(lengths, max_tokens=max_tokens, max_samples=limit, seed=seed, shuffle=shuffle)
 
@@ -234,7 +236,7 @@ class PerSampleGradients:
         """One batch of the plan: gradients of the samples at `indices`, of those that have finite ones."""
         batch = store.read(indices) if store is not None else None
         if batch is None:
-            gradients = self.compute(pad_batch([samples[i] for i in indices], pad_token_id))
+            gradients = self.compute(pad_batch([samples[i] for i in indices], pad_token_id, longest=self._longest))
             batch = GradientBatch(torch.tensor(indices), gradients, self.losses, self.norms)
             if store is not None:
                 store.write(batch)
@@ -325,11 +327,11 @@ class PerSampleGradients:
             return f"it would replace the attention that was chosen, {attention}"
         return "" if self.device.type == "cpu" else f"not measured on {self.device.type}"
 
-    def _packs(self, lengths: list[int], cells: int) -> bool:
-        """Whether this batch is packed; `cells` is its size with padding."""
+    def _packs(self, lengths: list[int]) -> bool:
+        """Whether a batch of samples of these lengths is packed."""
         if self.packing is not None:
             return self.packing
-        return not self._why_not_packed and sum(lengths) < (1 - PACKING_PAYS) * cells
+        return not self._why_not_packed and sum(lengths) < (1 - PACKING_PAYS) * len(lengths) * max(lengths)
 
     def _describe_packing(self) -> str:
         if self.packing is not None:
@@ -358,7 +360,7 @@ class PerSampleGradients:
             ]
         ).to(self.device)
         errors = []
-        for packed in {False, self._packs(lengths, labels.numel())}:
+        for packed in {False, self._packs(lengths)}:
             gradients = self._run(ids, labels, lengths, packed)
             if self.unit_norm:
                 gradients = gradients * self.norms[:, None]
