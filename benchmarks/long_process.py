@@ -47,7 +47,7 @@ ROUNDING = (
 )
 """The modules that round sizes up."""
 SHORTEST, LONGEST = 32, 384
-WINDOW, BETWEEN = 30, 400
+WINDOW, BETWEEN = 20, 250
 QUICK_WINDOW, QUICK_BETWEEN = 2, 4
 
 Step = Callable[[random.Random], None]

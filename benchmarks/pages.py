@@ -59,6 +59,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "processes": distributed_page.processes,
     "dry run": training_page.dry_run,
     "step": training_page.step,
+    "parts": training_page.parts,
     "streaming": data_page.streaming,
     "fuzz": security_page.fuzz,
 }

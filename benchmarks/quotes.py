@@ -69,6 +69,18 @@ def _calibration(found: dict[str, Any], label: str) -> list[str]:
             f"{label}, `{split}`: {sum(each)} of {len(each)} seeds within the range, {sum(one)} with one temperature; "
             f"-log p {likelihoods[0]:.3f} against {likelihoods[1]:.3f}"
         )
+    rows = [row for row in found["calibration"] if row["split"] == "test"]
+    learnt = [row["learnt"]["low"] <= row["calibration_error"] <= row["learnt"]["high"] for row in rows]
+    as_perfect = 100 * fmean([row["learnt"]["as_perfect"] for row in rows])
+    quotes.append(
+        f"{label}, `test`, temperatures learnt from as few prompts: {sum(learnt)} of {len(learnt)} seeds within the "
+        f"range; {as_perfect:.0f} % of such routers within a perfect one's"
+    )
+    weighed = [row for row in found["calibration"] if row["split"].startswith("test,")]
+    inside = [row["perfect_low"] <= row["calibration_error"] <= row["perfect_high"] for row in weighed]
+    quotes.append(
+        f"{label}, `test`, sources weighed as in `dev`: {sum(inside)} of {len(inside)} seeds within the range"
+    )
     return quotes
 
 
@@ -132,7 +144,7 @@ def headline() -> list[str]:
 
 
 def ablations() -> list[str]:
-    """Projection and compute on the main table's config."""
+    """Projection, K, compute, target and ridge penalty on the main table's config."""
     widths, compute = read("ablations/projection"), read("ablations/compute")
     methods = ("plain", "less", "projection-2048", "projection-512")
     rand = [f"{widths['groupings'][m]['agreement']['domain']['ari']['mean']:.3f}" for m in methods]
@@ -152,7 +164,17 @@ def ablations() -> list[str]:
         f"{minus[0]}, {minus[1]}, {minus[2]} and {minus[3]} nats",
         f"which gains {routed} with the same pass",
         f"learns them by heart, {long} nats",
+        f"Clusters of whole gradients in place of what the prompt predicts cost "
+        f"{changed('target', 'plain', 'routable')} nats",
+        f"A ridge penalty of 1 or 100 in place of the one that explains most out of fold changes "
+        f"{changed('ridge', '1.0', 'auto')} and {changed('ridge', '100.0', 'auto')} nats",
     ]
+
+
+def changed(item: str, value: str, default: str) -> str:
+    """Routed loss of one value of an ablated option minus that of its default."""
+    ours = [f"{item}-{v}-dev_b-seed0/gradientspace" for v in (value, default)]
+    return interval(read(f"ablations/{item}")["comparisons"][" - ".join(ours)]["loss"])
 
 
 def real_mix() -> list[str]:

@@ -10,7 +10,8 @@ the lowest loss on dev_a (experts were not trained there), and a soft mix, every
 The saved router's calibration is shown for every run, say one for each seed, on dev_b and on the split that the run is
 evaluated on, in 10 bins of equal size beside the range in which the calibration error of a perfectly calibrated router
 of that size lies in 95 % of draws. The split's prompts are also weighed so that every source has its share of dev: a
-router can only be calibrated for prompts like those that it was calibrated on.
+router can only be calibrated for prompts like those that it was calibrated on. A second range is that of a router
+whose probabilities are true but for its temperatures, which it learns from as many prompts as dev_a has.
 """
 
 from __future__ import annotations
@@ -269,6 +270,7 @@ class RunRouter:
             ("dev_b", self.dev_b, None), (split, seen, None), (f"{split}, {AS_DEV}", seen, self.dev_weights(samples)),
         ):  # fmt: skip
             row = {"run": self.run.path.name, "split": name, **calibration(*known, each, weights)}
+            row["learnt"] = learnt(self.dev_a[0], known[0], each, weights, (row["perfect_low"], row["perfect_high"]))
             row["one_temperature"] = calibration(*known, one, weights)
             rows.append(row)
             for way, shown in (("each cluster's temperature", row), ("one temperature", row["one_temperature"])):
@@ -278,6 +280,11 @@ class RunRouter:
                     f"{shown['perfect_low']:.4f} to {shown['perfect_high']:.4f}",
                     flush=True,
                 )
+            print(
+                f"  with temperatures learnt from {len(self.dev_a[0])} prompts: {row['learnt']['low']:.4f} to "
+                f"{row['learnt']['high']:.4f}, {row['learnt']['as_perfect']:.0%} of draws like a perfect router",
+                flush=True,
+            )
         return rows
 
 
@@ -305,35 +312,67 @@ def calibration(
     """Likelihood, ten bins of equal weight, their error, and a perfect router's. `scores`: (n, K), the others (n,)."""
     probabilities = calibrated_probabilities(scores, temperature)
     right, confidence = probabilities.argmax(1) == clusters, probabilities.max(1)
-    order = np.argsort(confidence, kind="stable")
-    w = (np.ones(len(order)) if weights is None else weights)[order]
-    w = w / w.sum()
-    right, confidence = right[order], confidence[order]
-    bins = np.minimum((10 * (w.cumsum() - w / 2)).astype(int), 9)
-
-    def binned(values: np.ndarray) -> np.ndarray:
-        return np.bincount(bins, w * values, minlength=10)
-
-    def error(is_right: np.ndarray) -> float:
-        return float(abs(binned(is_right - confidence)).sum())
-
+    w = np.full(len(right), 1 / len(right)) if weights is None else weights / weights.sum()
     generator = np.random.default_rng(0)
-    low, high = np.quantile([error(generator.random(len(w)) < confidence) for _ in range(draws)], [0.025, 0.975])
-    log_p = np.log(probabilities[np.arange(len(clusters)), clusters])[order]
-    mass = binned(np.ones(len(w)))
+    null = [binned(confidence, generator.random(len(w)) < confidence, w)[0] for _ in range(draws)]
+    low, high = np.quantile(null, [0.025, 0.975])
+    error, bins = binned(confidence, right, w)
     return {
         "n": len(clusters),
         "accuracy": float(w @ right),
         "confidence": float(w @ confidence),
-        "negative_log_likelihood": float(-w @ log_p),
-        "calibration_error": error(right),
+        "negative_log_likelihood": float(-w @ np.log(probabilities[np.arange(len(clusters)), clusters])),
+        "calibration_error": error,
         "perfect_low": float(low),
         "perfect_high": float(high),
-        "bins": [
-            {"confidence": float(c), "accuracy": float(a), "n": int((bins == i).sum())}
-            for i, (c, a) in enumerate(zip(binned(confidence) / mass, binned(right) / mass, strict=True))
-        ],
+        "bins": bins,
     }
+
+
+def binned(confidence: np.ndarray, right: np.ndarray, w: np.ndarray) -> tuple[float, list[dict[str, float]]]:
+    """Mean distance of confidence and accuracy over ten bins of equal weight, and the bins. All (n,), w sums to 1."""
+    order = np.argsort(confidence, kind="stable")
+    bins = np.minimum((10 * (w[order].cumsum() - w[order] / 2)).astype(int), 9)
+    mass, sure, hit = (
+        np.bincount(bins, (w * values)[order], minlength=10) for values in (np.ones(len(w)), confidence, right)
+    )
+    counts = np.bincount(bins, minlength=10)
+    return float(abs(hit - sure).sum()), [
+        {"confidence": c / m, "accuracy": h / m, "n": int(n)}
+        for m, c, h, n in zip(mass.tolist(), sure.tolist(), hit.tolist(), counts, strict=True)
+    ]
+
+
+def learnt(
+    taught: np.ndarray,
+    scores: np.ndarray,
+    temperatures: np.ndarray,
+    weights: np.ndarray | None,
+    perfect: tuple[float, float],
+    draws: int = 300,
+) -> dict[str, float]:
+    """The calibration error where only the temperatures are not known, but learnt from as many prompts.
+
+    The router's probabilities are taken to be true: labels are drawn from them for the scores `taught` (m, K), which
+    temperatures are fitted on, and for `scores` (n, K), which these are judged on. `low` and `high` hold 95 % of draws;
+    `as_perfect` is the share of them within the range `perfect`.
+    """
+    generator = np.random.default_rng(0)
+    w = np.full(len(scores), 1 / len(scores)) if weights is None else weights / weights.sum()
+    truth = [calibrated_probabilities(values, temperatures).cumsum(axis=1) for values in (taught, scores)]
+
+    def labels(cumulated: np.ndarray) -> np.ndarray:
+        drawn = (generator.random((len(cumulated), 1)) > cumulated).sum(axis=1)
+        return np.minimum(drawn, cumulated.shape[1] - 1)
+
+    errors = []
+    for _ in range(draws):
+        probabilities = calibrated_probabilities(scores, fit_temperatures(taught, labels(truth[0])))
+        right = probabilities.argmax(axis=1) == labels(truth[1])
+        errors.append(binned(probabilities.max(axis=1), right, w)[0])
+    low, high = np.quantile(errors, [0.025, 0.975])
+    inside = np.mean([perfect[0] <= error <= perfect[1] for error in errors])
+    return {"low": float(low), "high": float(high), "as_perfect": float(inside)}
 
 
 def main() -> None:

@@ -99,7 +99,8 @@ def routers() -> str:
             table(head, rows),
             paragraph(
                 "Calibration of the run's router, fitted on `dev_a`, in ten bins of equal size, beside the range of a "
-                "perfectly calibrated router of as many prompts, and beside a single temperature for all clusters:"
+                "perfectly calibrated router of as many prompts, of one whose probabilities are true but for its "
+                "temperatures, learnt from as many prompts as `dev_a` has, and beside one temperature for all clusters:"
             ),
             table(CALIBRATION, [_calibrated(row) for row in found["calibration"]]),
             paragraph(
@@ -113,16 +114,18 @@ def routers() -> str:
 
 CALIBRATION = [
     "run", "prompts", "right", "mean confidence", "-log p", "calibration error", "a perfect router's", "within",
-    "one temperature: -log p", "calibration error",
+    "temperatures learnt", "within", "one temperature: -log p", "calibration error",
 ]  # fmt: skip
 
 
 def _calibrated(row: dict[str, Any]) -> list[str]:
     error, low, high = (row[name] for name in ("calibration_error", "perfect_low", "perfect_high"))
-    one = row["one_temperature"]
+    one, learnt = row["one_temperature"], row["learnt"]
+    split, _, how = row["split"].partition(", ")
     return [
-        row["run"], f"{row['n']} of `{row['split']}`", f"{100 * row['accuracy']:.1f} %",
+        row["run"], f"{row['n']} of `{split}`{f', {how}' if how else ''}", f"{100 * row['accuracy']:.1f} %",
         f"{100 * row['confidence']:.1f} %", f"{row['negative_log_likelihood']:.3f}", f"{error:.3f}",
         f"{low:.3f} to {high:.3f}", "yes" if low <= error <= high else "no",
+        f"{learnt['low']:.3f} to {learnt['high']:.3f}", "yes" if learnt["low"] <= error <= learnt["high"] else "no",
         f"{one['negative_log_likelihood']:.3f}", f"{one['calibration_error']:.3f}",
     ]  # fmt: skip

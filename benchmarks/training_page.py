@@ -41,5 +41,20 @@ def step() -> str:
     return "\n\n".join([table(["vocabulary", "prompt", "times as fast"], rows), paragraph(around)])
 
 
+def parts() -> str:
+    """Speed of a step in parts of a batch over one of the whole batch."""
+    found = read("training")["parts"]
+    faster = [
+        f"{arm['speed_over_whole_batch']:.2f} times as fast with parts of {name}"
+        for name, arm in found["arms"].items()
+        if name != "whole batch"
+    ]
+    low, high = found["lengths"]
+    return paragraph(
+        f"Batches of {found['rows']} rows of {low} to {high} tokens, {found['padding']:.0%} of them padding (the same "
+        f"script and model, bf16): {', '.join(faster)}."
+    )
+
+
 def ratio(stage: dict[str, float]) -> float:
     return stage["estimate"] / stage["took"]
