@@ -1,12 +1,11 @@
-"""Whether a long process keeps its speed: the same batches at its start and after hundreds of others.
+"""Whether a long training keeps its speed: the same batches at its start and after hundreds of others.
 
-    python benchmarks/long_process.py --json benchmarks/results/long-process.json
-    python benchmarks/long_process.py --quick                      a smoke size, under a minute
+    python benchmarks/long_process.py --json benchmarks/results/long-process.json      about a quarter of an hour
+    python benchmarks/long_process.py --quick                                          a smoke size, under a minute
 
-Work, with a small base in bf16: steps of training (forward and backward of 16 rows), and micro-batches of a server (8
-prompts in turn over 4 experts, 4 new tokens each). Arms, each in a process of its own whose memory starts without
-holes: batches as wide as their longest row with as many supervised positions as they have, and both rounded up to sizes
-that repeat (`gradientspace.memory.repeated_size`). Memory is the resident set's.
+Steps of training (forward and backward of 16 rows) of a small base in bf16. Arms, each in a process of its own whose
+memory starts without holes: batches as wide as their longest row with as many supervised positions as they have, and
+both rounded up to sizes that repeat (`gradientspace.memory.repeated_size`). Memory is the resident set's.
 """
 
 from __future__ import annotations
@@ -17,32 +16,28 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from gradients import Sample, make_model
 from machine import describe
-from serving import N_EXPERTS, SHAPES, base_model, run_requests, save_adapters
+from serving import SHAPES
 from training import in_parts
 
 import gradientspace.completion_loss
 import gradientspace.data.collate
-import gradientspace.generation
 import gradientspace.gradients.head
 from gradientspace.data import pad_batch
 from gradientspace.memory import resident_bytes
-from gradientspace.stacked import StackedExperts
 
 ANY, REPEATED = "any size", "repeated sizes"
 ROUNDING = (
     gradientspace.completion_loss,
     gradientspace.data.collate,
-    gradientspace.generation,
     gradientspace.gradients.head,
 )
 """The modules that round sizes up."""
@@ -73,22 +68,6 @@ def training(shape: dict[str, int]) -> Iterator[Step]:
         yield step
 
 
-@contextmanager
-def serving(shape: dict[str, int]) -> Iterator[Step]:
-    with ExitStack() as stack:
-        folders = save_adapters(shape, Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        experts = stack.enter_context(StackedExperts(base_model(shape).to(torch.bfloat16), folders))
-
-        def step(numbers: random.Random) -> None:
-            prompts = [[numbers.randrange(shape["vocab_size"]) for _ in range(n)] for n in lengths(numbers, 8)]
-            run_requests(experts, [i % N_EXPERTS for i in range(len(prompts))], 4, prompts)
-
-        yield step
-
-
-WORK = {"training": training, "serving": serving}
-
-
 def timed(when: str, step: Step, batches: range) -> dict[str, float]:
     start = time.perf_counter()
     for number in batches:
@@ -97,14 +76,14 @@ def timed(when: str, step: Step, batches: range) -> dict[str, float]:
     return {f"{when}_seconds": seconds, f"{when}_resident_mb": resident_bytes() / 2**20}
 
 
-def one_arm(work: str, arm: str, quick: bool) -> dict[str, float]:
+def one_arm(arm: str, quick: bool) -> dict[str, float]:
     """In a process of its own: a window of batches, many others, and the window again."""
     if arm == ANY:
         for module in ROUNDING:
             module.repeated_size = int
     window, between = (QUICK_WINDOW, QUICK_BETWEEN) if quick else (WINDOW, BETWEEN)
     found: dict[str, float] = {}
-    with WORK[work](SHAPES["demo" if quick else "tiny-base"]) as step:
+    with training(SHAPES["demo" if quick else "tiny-base"]) as step:
         step(random.Random(-1))  # what is only done once
         found |= timed("early", step, range(window))
         found |= timed("between", step, range(window, window + between))
@@ -112,15 +91,15 @@ def one_arm(work: str, arm: str, quick: bool) -> dict[str, float]:
     return found
 
 
-def measure(work: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     arms = {}
     for arm in (ANY, REPEATED):
-        command = [sys.executable, __file__, "--one-arm", work, arm, "--threads", str(options.threads)]
+        command = [sys.executable, __file__, "--one-arm", arm, "--threads", str(options.threads)]
         command += ["--quick"] if options.quick else []
         found = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
         arms[arm] = {**found, "late_over_early": found["late_seconds"] / found["early_seconds"]}
         print(
-            f"{work:9} {arm:15} {found['early_seconds']:6.1f} s early, {found['late_seconds']:6.1f} s late, "
+            f"{arm:15} {found['early_seconds']:6.1f} s early, {found['late_seconds']:6.1f} s late, "
             f"{found['early_resident_mb']:6.0f} MB early, {found['late_resident_mb']:6.0f} MB late",
             flush=True,
         )
@@ -132,17 +111,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
-    parser.add_argument("--one-arm", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--one-arm", choices=(ANY, REPEATED), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     if options.one_arm:
-        print(json.dumps(one_arm(*options.one_arm, quick=options.quick)))
+        print(json.dumps(one_arm(options.one_arm, options.quick)))
         return
     window, between = (QUICK_WINDOW, QUICK_BETWEEN) if options.quick else (WINDOW, BETWEEN)
-    work = {name: measure(name, options) for name in options.work}
-    results = {"machine": describe("transformers", "peft"), "window": window, "between": between, "work": work}
+    arms = measure(options)
+    results = {"machine": describe("transformers", "peft"), "window": window, "between": between, "arms": arms}
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from gradientspace.errors import DataError
-from gradientspace.memory import repeated_size
 from gradientspace.models import padding_id
 from gradientspace.text_stream import TextStream
 
@@ -212,8 +211,8 @@ class _Row:
 def left_pad(
     prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, each (b, width) int64, padded on the left to a width that repeats (see `repeated_size`)."""
-    width = repeated_size(max(len(p) for p in prompts))
+    """Token ids and mask, each (b, longest) int64, padded on the left."""
+    width = max(len(p) for p in prompts)
     ids = torch.tensor([[pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     return ids, mask
