@@ -312,7 +312,7 @@ def calibration(
     """Likelihood, ten bins of equal weight, their error, and a perfect router's. `scores`: (n, K), the others (n,)."""
     probabilities = calibrated_probabilities(scores, temperature)
     right, confidence = probabilities.argmax(1) == clusters, probabilities.max(1)
-    w = np.full(len(right), 1 / len(right)) if weights is None else weights / weights.sum()
+    w = shares(len(right), weights)
     generator = np.random.default_rng(0)
     null = [binned(confidence, generator.random(len(w)) < confidence, w)[0] for _ in range(draws)]
     low, high = np.quantile(null, [0.025, 0.975])
@@ -327,6 +327,11 @@ def calibration(
         "perfect_high": float(high),
         "bins": bins,
     }
+
+
+def shares(n: int, weights: np.ndarray | None) -> np.ndarray:
+    """(n,) weights that sum to 1, equal ones for `None`."""
+    return np.full(n, 1 / n) if weights is None else weights / weights.sum()
 
 
 def binned(confidence: np.ndarray, right: np.ndarray, w: np.ndarray) -> tuple[float, list[dict[str, float]]]:
@@ -358,7 +363,7 @@ def learnt(
     `as_perfect` is the share of them within the range `perfect`.
     """
     generator = np.random.default_rng(0)
-    w = np.full(len(scores), 1 / len(scores)) if weights is None else weights / weights.sum()
+    w = shares(len(scores), weights)
     truth = [calibrated_probabilities(values, temperatures).cumsum(axis=1) for values in (taught, scores)]
 
     def labels(cumulated: np.ndarray) -> np.ndarray:
