@@ -67,3 +67,14 @@ def test_a_number_that_somebody_changed_is_seen(pages: ModuleType, monkeypatch: 
     assert pages.filled(changed) == text
     monkeypatch.setattr(pages.quotes, "sentences", lambda: ["an entry that nobody wrote"])
     assert pages.gone() == ["an entry that nobody wrote"]
+
+
+def test_only_a_check_fails_where_the_history_quotes_an_older_table(
+    pages: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pages.quotes, "sentences", lambda: ["an entry that nobody wrote"])
+    monkeypatch.setattr(pages.clustering_page, "draw", lambda: None)
+    for arguments, code in (["--check"], 1), ([], 0):
+        monkeypatch.setattr("sys.argv", ["pages.py", *arguments])
+        assert pages.main() == code
+        assert "an entry that nobody wrote" in capsys.readouterr().out
