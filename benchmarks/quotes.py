@@ -168,12 +168,30 @@ def ablations() -> list[str]:
         f"{changed('target', 'plain', 'routable')} nats",
         f"A ridge penalty of 1 or 100 in place of the one that explains most out of fold changes "
         f"{changed('ridge', '1.0', 'auto')} and {changed('ridge', '100.0', 'auto')} nats",
+        f"64 directions in place of 16 change the loss by {changed('components', '64', '16')} nats, 256 in place of 64 by "
+        f"{changed('components', '256', '64')}, gradients that are not centred by "
+        f"{changed('centring', 'False', 'True')}",
+        f"a cache of 32 in place of 8 changes {changed('cache', 'plain-32', 'plain-8')}, of 128 in place of 32 "
+        f"{changed('cache', 'plain-128', 'plain-32')}, a momentum of 0.1 in place of 0.03 "
+        f"{changed('momentum', 'plain-0.1', 'plain-0.03')}, of 0.3 in place of 0.1 "
+        f"{changed('momentum', 'plain-0.3', 'plain-0.1')}",
+        f"a cache's mean in place of its leading direction {changed('update', 'plain-mean', 'plain-svd')}, the running "
+        f"mean of a cluster {changed('update', 'plain-running', 'plain-svd')} nats",
+        f"with rank 4, 8 and 16 routed experts gain {over_single('rank-4-8')}, {over_single('rank-8-16')} and "
+        f"{over_single('rank-16-32')} nats over one LoRA of the same rank",
     ]
 
 
-def changed(item: str, value: str, default: str) -> str:
-    """Routed loss of one value of an ablated option minus that of its default."""
-    ours = [f"{item}-{v}-dev_b-seed0/gradientspace" for v in (value, default)]
+def over_single(variant: str) -> str:
+    """Routed loss of a variant of an ablation minus that of one LoRA beside it."""
+    item = variant.split("-", 1)[0]
+    pair = " - ".join(f"{variant}-dev_b-seed0/{method}" for method in ("gradientspace", "single"))
+    return interval(read(f"ablations/{item}")["comparisons"][pair]["loss"])
+
+
+def changed(item: str, value: str, other: str) -> str:
+    """Routed loss of one value of an ablated option minus that of another, which stands before it in the table."""
+    ours = [f"{item}-{v}-dev_b-seed0/gradientspace" for v in (value, other)]
     return interval(read(f"ablations/{item}")["comparisons"][" - ".join(ours)]["loss"])
 
 
