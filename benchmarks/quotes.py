@@ -168,8 +168,8 @@ def ablations() -> list[str]:
         f"{changed('target', 'plain', 'routable')} nats",
         f"A ridge penalty of 1 or 100 in place of the one that explains most out of fold changes "
         f"{changed('ridge', '1.0', 'auto')} and {changed('ridge', '100.0', 'auto')} nats",
-        f"64 directions in place of 16 change the loss by {changed('components', '64', '16')} nats, 256 in place of 64 by "
-        f"{changed('components', '256', '64')}, gradients that are not centred by "
+        f"64 directions in place of 16 change the loss by {changed('components', '64', '16')} nats, 256 in place of 64 "
+        f"by {changed('components', '256', '64')}, gradients that are not centred by "
         f"{changed('centring', 'False', 'True')}",
         f"a cache of 32 in place of 8 changes {changed('cache', 'plain-32', 'plain-8')}, of 128 in place of 32 "
         f"{changed('cache', 'plain-128', 'plain-32')}, a momentum of 0.1 in place of 0.03 "
