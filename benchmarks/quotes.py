@@ -144,8 +144,9 @@ def headline() -> list[str]:
 
 
 def ablations() -> list[str]:
-    """Projection, K, compute, target and ridge penalty on the main table's config."""
+    """What was found when one option of the main table's config was changed at a time."""
     widths, compute = read("ablations/projection"), read("ablations/compute")
+    plain = read("ablations/target")["methods"]["target-plain-dev_b-seed0/gradientspace"]
     methods = ("plain", "less", "projection-2048", "projection-512")
     rand = [f"{widths['groupings'][m]['agreement']['domain']['ari']['mean']:.3f}" for m in methods]
     minus = [interval(widths["comparisons"][f"{m} - single"]["loss"]) for m in methods]
@@ -177,6 +178,7 @@ def ablations() -> list[str]:
         f"{changed('momentum', 'plain-0.3', 'plain-0.1')}",
         f"a cache's mean in place of its leading direction {changed('update', 'plain-mean', 'plain-svd')}, the running "
         f"mean of a cluster {changed('update', 'plain-running', 'plain-svd')} nats",
+        f"{interval(plain['difference']['loss'])} nats on one processor and {over_single('update-plain-svd')} on another",
         f"with rank 4, 8 and 16 routed experts gain {over_single('rank-4-8')}, {over_single('rank-8-16')} and "
         f"{over_single('rank-16-32')} nats over one LoRA of the same rank",
     ]
