@@ -178,7 +178,8 @@ def ablations() -> list[str]:
         f"{changed('momentum', 'plain-0.3', 'plain-0.1')}",
         f"a cache's mean in place of its leading direction {changed('update', 'plain-mean', 'plain-svd')}, the running "
         f"mean of a cluster {changed('update', 'plain-running', 'plain-svd')} nats",
-        f"{interval(plain['difference']['loss'])} nats on one processor and {over_single('update-plain-svd')} on another",
+        f"{interval(plain['difference']['loss'])} nats on one processor and "
+        f"{over_single('update-plain-svd')} on another",
         f"with rank 4, 8 and 16 routed experts gain {over_single('rank-4-8')}, {over_single('rank-8-16')} and "
         f"{over_single('rank-16-32')} nats over one LoRA of the same rank",
     ]
