@@ -142,7 +142,7 @@ class RoutableMap:
         labels = torch.full((len(x),), -1, dtype=torch.int64)
         labels[index] = torch.as_tensor(merged)
         self.centres_ = torch.as_tensor(centres).double()
-        self.coefficients_ = statistics.solve(self.alpha_)
+        self.coefficients_ = statistics.solve(self.alpha_).contiguous()  # the layout that a saved map comes back with
         self._torch_out = isinstance(embeddings, Tensor)
         self.labels_ = self._out(labels, self._torch_out)
         self.predictions_ = self._out(predictions, self._torch_out)
@@ -203,6 +203,8 @@ class RoutableMap:
                 raise RunFolderError(f"no routable map in {folder}: {name} is missing")
         with reading(folder, "cluster the run again"):
             record, tensors = json.loads((folder / RECORD_FILE).read_text()), load_file(folder / MAP_FILE)
+            # As a file has them they are not aligned, which some processors' matrix products round in another way.
+            tensors = {name: value.clone() for name, value in tensors.items()}
             explained = float(record.pop("explained"))
             alpha = record.pop("chosen_alpha", record["alpha"])  # a run made before there was a choice has none
             self = cls(record.pop("n_clusters"), **record)

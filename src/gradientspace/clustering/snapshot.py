@@ -35,6 +35,8 @@ def read_snapshot(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, 
             raise RunFolderError(f"no clusterer in {folder}: {name} is missing")
     with reading(folder, "cluster the run again"):
         record, tensors = json.loads((folder / RECORD_FILE).read_text()), load_file(folder / STATE_FILE, device=device)
+        # As a file has them they are not aligned, which some processors' matrix products round in another way.
+        tensors = {name: value.clone() for name, value in tensors.items()}
         k, matrix = record["n_clusters"], tensors["matrix"]
         require(type(k) is int and k >= 1, f"n_clusters is {k!r}")
         require(type(record["centred"]) is bool and type(record["torch_out"]) is bool, "a flag is none")
