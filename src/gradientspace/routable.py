@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from sklearn.utils import check_random_state
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from gradientspace.clustering.kmeans import merge_small_clusters, spherical_kmea
 from gradientspace.clustering.unit_rows import Rows, RowsError, with_norms
 from gradientspace.damage import reading, require
 from gradientspace.errors import RunFolderError
+from gradientspace.tensor_files import read_aligned
 
 MAP_FILE, RECORD_FILE = "routable.safetensors", "routable.json"
 BLOCK_ROWS = 8192
@@ -202,9 +203,7 @@ class RoutableMap:
             if not (folder / name).is_file():
                 raise RunFolderError(f"no routable map in {folder}: {name} is missing")
         with reading(folder, "cluster the run again"):
-            record, tensors = json.loads((folder / RECORD_FILE).read_text()), load_file(folder / MAP_FILE)
-            # As a file has them they are not aligned, which some processors' matrix products round in another way.
-            tensors = {name: value.clone() for name, value in tensors.items()}
+            record, tensors = json.loads((folder / RECORD_FILE).read_text()), read_aligned(folder / MAP_FILE)
             explained = float(record.pop("explained"))
             alpha = record.pop("chosen_alpha", record["alpha"])  # a run made before there was a choice has none
             self = cls(record.pop("n_clusters"), **record)

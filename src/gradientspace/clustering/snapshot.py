@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gradientspace.clustering.centroids import Centroids
 from gradientspace.damage import reading, require
 from gradientspace.errors import RunFolderError
+from gradientspace.tensor_files import read_aligned
 
 STATE_FILE, RECORD_FILE = "clusterer.safetensors", "clusterer.json"
 
@@ -34,9 +35,7 @@ def read_snapshot(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, 
         if not (folder / name).is_file():
             raise RunFolderError(f"no clusterer in {folder}: {name} is missing")
     with reading(folder, "cluster the run again"):
-        record, tensors = json.loads((folder / RECORD_FILE).read_text()), load_file(folder / STATE_FILE, device=device)
-        # As a file has them they are not aligned, which some processors' matrix products round in another way.
-        tensors = {name: value.clone() for name, value in tensors.items()}
+        record, tensors = json.loads((folder / RECORD_FILE).read_text()), read_aligned(folder / STATE_FILE, device)
         k, matrix = record["n_clusters"], tensors["matrix"]
         require(type(k) is int and k >= 1, f"n_clusters is {k!r}")
         require(type(record["centred"]) is bool and type(record["torch_out"]) is bool, "a flag is none")
