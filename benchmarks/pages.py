@@ -60,6 +60,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "dry run": training_page.dry_run,
     "step": training_page.step,
     "parts": training_page.parts,
+    "long process": training_page.long_process,
     "streaming": data_page.streaming,
     "fuzz": security_page.fuzz,
 }

@@ -178,17 +178,28 @@ def ablations() -> list[str]:
         f"{changed('momentum', 'plain-0.3', 'plain-0.1')}",
         f"a cache's mean in place of its leading direction {changed('update', 'plain-mean', 'plain-svd')}, the running "
         f"mean of a cluster {changed('update', 'plain-running', 'plain-svd')} nats",
-        f"{interval(plain['difference']['loss'])} nats on one processor and "
-        f"{over_single('update-plain-svd')} on another",
-        f"with rank 4, 8 and 16 routed experts gain {over_single('rank-4-8')}, {over_single('rank-8-16')} and "
-        f"{over_single('rank-16-32')} nats over one LoRA of the same rank",
+        f"{interval(plain['difference']['loss'])} nats on one processor and {beside('update-plain-svd')} on another",
+        f"with rank 4, 8 and 16 routed experts gain {beside('rank-4-8')}, {beside('rank-8-16')} and "
+        f"{beside('rank-16-32')} nats over one LoRA of the same rank",
+        f"A warm-up on a tenth of the rows in place of a twentieth changes the loss by "
+        f"{changed('warmup', '0.1', '0.05')} nats, on a fifth in place of a tenth by {changed('warmup', '0.2', '0.1')}",
+        f"512 validation gradients in place of 128 by {changed('validation', '512', '128')}, 1,024 in place of 512 by "
+        f"{changed('validation', '1024', '512')}",
+        f"half of the passes for the shared adapter in place of a quarter by {changed('shared_share', '0.5', '0.25')}, "
+        f"three quarters in place of half by {changed('shared_share', '0.75', '0.5')}",
+        f"with two and four passes routed experts gain {beside('steps-2')} and {beside('steps-4')} nats over one LoRA "
+        f"with as many, and are at {beside('steps-2', 'embedding')} and {beside('steps-4', 'embedding')} against "
+        f"embedding clusters",
+        f"on a tenth, a fifth and two fifths of the rows {beside('data-0.1')}, {beside('data-0.2')} and "
+        f"{beside('data-0.4')} over one LoRA, and {beside('data-0.1', 'embedding')}, {beside('data-0.2', 'embedding')} "
+        f"and {beside('data-0.4', 'embedding')} against embedding clusters",
     ]
 
 
-def over_single(variant: str) -> str:
-    """Routed loss of a variant of an ablation minus that of one LoRA beside it."""
+def beside(variant: str, other: str = "single") -> str:
+    """Routed loss of a variant of an ablation minus that of another method beside it."""
     item = variant.split("-", 1)[0]
-    pair = " - ".join(f"{variant}-dev_b-seed0/{method}" for method in ("gradientspace", "single"))
+    pair = " - ".join(f"{variant}-dev_b-seed0/{method}" for method in ("gradientspace", other))
     return interval(read(f"ablations/{item}")["comparisons"][pair]["loss"])
 
 

@@ -44,7 +44,7 @@ def queue(found: dict[str, Any]) -> str:
     return (
         f"The server was allowed {found['max_requests']} requests at a time: at most {found['running_max']:.0f} were "
         f"accepted at once, at most {found['waiting_max']:.0f} of them waited for the engine, and "
-        f"{found['refused_429']:,} were refused with a 429 and asked again (a cancelled row counts until it has "
+        f"{found['refused_429']:,} refused with a 429, to be asked again (a cancelled row counts until it has "
         "stopped). "
     )
 
@@ -64,8 +64,8 @@ def speed() -> str:
         [
             paragraph(
                 "**Speed** (`benchmarks/results/serving.json`, the shape of the real mix's base, "
-                f"{shape['shape']['new_tokens']} new tokens, medians of interleaved rounds; other work ran on the "
-                f"machine at times, so read the ratios). {measured_on(found['machine'])}"
+                f"{shape['shape']['new_tokens']} new tokens, medians of interleaved rounds). "
+                f"{measured_on(found['machine'])}"
             ),
             table(["tokens/s at concurrency", *sizes], rows),
             paragraph(

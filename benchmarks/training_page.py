@@ -1,4 +1,4 @@
-"""The measured parts of docs/training.md, from `results/preflight-*.json` and `results/training.json`."""
+"""The measured parts of docs/training.md, from `results/preflight-*.json`, `training.json` and `long-process.json`."""
 
 from __future__ import annotations
 
@@ -54,6 +54,29 @@ def parts() -> str:
         f"Batches of {found['rows']} rows of {low} to {high} tokens, {found['padding']:.0%} of them padding (the same "
         f"script and model, bf16): {', '.join(faster)}."
     )
+
+
+def long_process() -> str:
+    """The same batches at a process's start and after many others, with sizes as they come and with repeated ones."""
+    found = read("long-process")
+    rows = [
+        [
+            arm,
+            f"{cell['early_seconds']:.1f}",
+            f"{cell['late_seconds']:.1f}",
+            f"{cell['late_over_early']:.2f}",
+            f"{cell['early_resident_mb']:,.0f}",
+            f"{cell['late_resident_mb']:,.0f}",
+        ]
+        for arm, cell in found["arms"].items()
+    ]
+    head = ["sizes", "early (s)", "late (s)", "late over early", "resident early (MB)", "resident late (MB)"]
+    around = (
+        f"Forward and backward of {found['window']} batches of 16 rows at the start of a process, and of the same ones "
+        f"{found['between']} other batches later (`benchmarks/long_process.py`, each line in a process of its own). "
+        f"{measured_on(found['machine'])}"
+    )
+    return "\n\n".join([table(head, rows), paragraph(around)])
 
 
 def ratio(stage: dict[str, float]) -> float:

@@ -76,6 +76,25 @@ def test_ablations_change_what_they_say(script) -> None:
     assert ranks == [4, 8, 16]
 
 
+def test_the_ablation_of_the_rows_trained_on_keeps_its_dev_rows(script, tmp_path: Path) -> None:
+    rows = [{"id": str(i), "instruction": f"Say {i} and {i * i} in words.", "input": ""} for i in range(60)]
+    mix = write_jsonl(tmp_path / "mix.jsonl", [*rows, {**rows[7], "id": "again"}])
+    ablations = script("ablations")
+
+    ablations.part_rows(mix, tmp_path / "rows")
+
+    parts = {
+        name: [json.loads(line) for line in (tmp_path / f"rows/{name}.jsonl").read_text().splitlines()]
+        for name in ("fit", "dev")
+    }
+    assert len(parts["dev"]) == 6
+    assert sorted(r["id"] for part in parts.values() for r in part) == sorted([*(r["id"] for r in rows), "again"])
+    assert not {r["instruction"] for r in parts["fit"]} & {r["instruction"] for r in parts["dev"]}
+    configs = ablations.variants("data", PAPER / "real-mix.yaml", str(tmp_path))
+    assert {c.data.dev[0].path for c in configs} == {str(tmp_path / "rows/dev.jsonl")}
+    assert [c.data.train[0].weight for c in configs] == [0.1, 0.2, 0.4]
+
+
 def test_the_main_config_holds_the_whole_comparison() -> None:
     config = load_config(PAPER / "real-mix.yaml").validate()
     assert {"single-wide", "random", "embedding", "elrea", "source", "gradientspace-paper"} <= set(

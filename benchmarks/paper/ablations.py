@@ -12,12 +12,15 @@ warm-up, one adapter and shared adapter) are made once.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 from common import RESULTS, ROOT, describe, write_results
 
-from gradientspace.config import GradientSpaceConfig, load_config
+from gradientspace.config import DataConfig, GradientSpaceConfig, SourceConfig, load_config
+from gradientspace.data.splits import split_rows
+from gradientspace.files import write_text
 from gradientspace.run_folder import Run
 from gradientspace.study import entries, run_configs, table
 from gradientspace.tables import render, study_rows
@@ -26,9 +29,12 @@ CONFIG = ROOT / "benchmarks/paper/real-mix.yaml"
 # The online clusterer's own options show where its labels are used as they are.
 PLAIN = {"clustering.target": "plain"}
 NO_BASELINES = {"evaluation.baselines": [], "gradients.projection_dim": 0, "evaluation.inference_modes": ["oracle"]}
+BESIDE_EMBEDDING = {"evaluation.baselines": ["embedding"]}
+SHARE = "share of the rows"
+"""No option: the rows of the mix are parted once, and this share of those outside dev is trained on."""
 WIDTHS = ["plain", "less", "projection-2048", "projection-512"]
 ITEMS: dict[str, list[dict[str, Any]]] = {
-    "k": [{"clustering.n_clusters": k, "evaluation.baselines": ["embedding"]} for k in (2, 4, 8, 16)],
+    "k": [{"clustering.n_clusters": k, **BESIDE_EMBEDDING} for k in (2, 4, 8, 16)],
     "start": [{"experts.start": start} for start in ("shared", "warmup", "fresh")],
     "shared_share": [{"experts.shared_share": share} for share in (0.25, 0.5, 0.75)],
     "target": [{"clustering.target": target} for target in ("routable", "plain")],
@@ -40,7 +46,8 @@ ITEMS: dict[str, list[dict[str, Any]]] = {
     "centring": [{"clustering.center": center} for center in (True, False)],
     "warmup": [{"data.warmup_fraction": share} for share in (0.05, 0.1, 0.2)],
     "validation": [{"data.n_validation": m} for m in (128, 512, 1024)],
-    "steps": [{"training.num_train_epochs": epochs} for epochs in (2, 4)],
+    "steps": [{"training.num_train_epochs": epochs, **BESIDE_EMBEDDING} for epochs in (2, 4)],
+    "data": [{SHARE: share, **BESIDE_EMBEDDING} for share in (0.1, 0.2, 0.4)],
     "rank": [{"lora.lora_r": r, "lora.lora_alpha": 2 * r} for r in (4, 8, 16)],
     "projection": [{"evaluation.baselines": WIDTHS, "gradients.projection_dim": 8192}],
     "compute": [{"evaluation.baselines": ["single-long"]}],
@@ -51,13 +58,29 @@ def variants(item: str, config: Path, output_dir: str) -> list[GradientSpaceConf
     """The configs of one item, named by what they change; methods shown beside them name nothing."""
     made = []
     for changes in ITEMS[item]:
-        words = [str(w) for key, value in {**NO_BASELINES, **changes}.items() for w in (f"--{key}", value)]
-        variant = load_config(config, words)
+        options = {key: value for key, value in {**NO_BASELINES, **changes}.items() if key != SHARE}
+        variant = load_config(config, [str(word) for key, value in options.items() for word in (f"--{key}", value)])
+        if SHARE in changes:
+            fit, dev = (str(Path(output_dir) / "rows" / name) for name in ("fit.jsonl", "dev.jsonl"))
+            variant.data.train = [SourceConfig(path=fit, name="mix", weight=changes[SHARE])]
+            variant.data.dev = [SourceConfig(path=dev, name="mix")]
         named = {key: value for key, value in changes.items() if key != "evaluation.baselines"}
         variant.name = "-".join([item, *map(str, named.values())]) if named else f"{item}-methods"
         variant.output_dir = output_dir
         made.append(variant)
     return made
+
+
+def part_rows(mix: Path, folder: Path) -> None:
+    """The rows of a mix as fit.jsonl and dev.jsonl: the same dev whatever share of the others is trained on."""
+    rows = [json.loads(line) for line in mix.read_text(encoding="utf-8").splitlines()]
+    ids, prompts = [row["id"] for row in rows], [f"{row['instruction']}\n{row['input']}" for row in rows]
+    parts = split_rows(
+        ids, prompts, [None] * len(rows), DataConfig(dev_fraction=0.1), 0, hold_out_test=False, hold_out_dev=True
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, members in {"fit": parts.fit, "dev": parts.dev_a + parts.dev_b}.items():
+        write_text(folder / f"{name}.jsonl", "".join(json.dumps(rows[i]) + "\n" for i in members))
 
 
 def main() -> None:
@@ -79,6 +102,8 @@ def main() -> None:
         parser.error(f"unknown item {unknown[0]!r}: known are {', '.join(ITEMS)}")
     lenders = [Run.open(folder) for folder in options.lenders]
     for item in options.items or ITEMS:
+        if item == "data":
+            part_rows(Path(load_config(options.config).data.train[0].path), Path(options.output_dir) / "rows")
         asked = variants(item, options.config, options.output_dir)
         runs = run_configs(asked, seeds=options.seeds, split="dev_b", lenders=lenders)
         found = table(entries(runs))
