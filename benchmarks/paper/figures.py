@@ -179,6 +179,7 @@ def ablations(folder: Path) -> tuple[Figure, Rows]:
         errors = [[r["mean"] - r["low"] for r in shown], [r["high"] - r["mean"] for r in shown]]
         axis.errorbar(range(len(shown)), [r["mean"] for r in shown], yerr=errors, marker="o", linestyle="", capsize=3)
         axis.set_xticks(range(len(shown)), [r["variant"] for r in shown], fontsize=7, rotation=20)
+        axis.set_xlim(-0.5, len(shown) - 0.5)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_title(f"{item}: nats against one LoRA", fontsize=9)
     for axis in axes.ravel()[len(items) :]:
