@@ -153,8 +153,6 @@ def ablations() -> list[str]:
     routed = interval(widths["comparisons"]["gradientspace - single"]["loss"])
     long = interval(compute["comparisons"]["single-long - single"]["loss"])
     by_k = read("ablations/k")
-    most = "data-0.4-dev_b/{}"
-    rows = read("ablations/data")["comparisons"][f"{most.format('gradientspace')} - {most.format('embedding')}"]["loss"]
     variants = [f"k-{k}-dev_b-seed0" for k in (2, 4, 8, 16)]
     gained = [(minus_single(by_k, f"{v}/gradientspace") or {})["mean"] for v in variants]
     gains = ", ".join(f"{gain:+.4f}" for gain in gained[:-1]) + f" and {gained[-1]:+.4f}"
@@ -195,15 +193,20 @@ def ablations() -> list[str]:
         f"on a tenth, a fifth and two fifths of the rows {beside('data-0.1')}, {beside('data-0.2')} and "
         f"{beside('data-0.4')} over one LoRA, and {beside('data-0.1', 'embedding')}, {beside('data-0.2', 'embedding')} "
         f"and {beside('data-0.4', 'embedding')} against embedding clusters",
-        f"The first seed alone had {rows['by_seed'][0]:+.4f} with two fifths",
+        f"The first seed alone had {beside_by_seed('data-0.4', 'embedding')['by_seed'][0]:+.4f} with two fifths",
     ]
 
 
 def beside(variant: str, other: str = "single") -> str:
     """Routed loss of a variant of an ablation minus that of another method beside it."""
+    return interval(beside_by_seed(variant, other))
+
+
+def beside_by_seed(variant: str, other: str) -> dict[str, Any]:
+    """The same, with the difference of each seed."""
     found = read(f"ablations/{variant.split('-', 1)[0]}")
     entry = f"{variant}-dev_b-seed0" if len(found["seeds"]) == 1 else f"{variant}-dev_b"
-    return interval(found["comparisons"][f"{entry}/gradientspace - {entry}/{other}"]["loss"])
+    return found["comparisons"][f"{entry}/gradientspace - {entry}/{other}"]["loss"]
 
 
 def changed(item: str, value: str, other: str) -> str:
