@@ -146,14 +146,15 @@ def headline() -> list[str]:
 def ablations() -> list[str]:
     """What was found when one option of the main table's config was changed at a time."""
     widths, compute = read("ablations/projection"), read("ablations/compute")
-    plain = read("ablations/target")["methods"]["target-plain-dev_b-seed0/gradientspace"]
+    target = read("ablations/target")
+    plain = target["methods"][f"{entry(target, 'target-plain')}/gradientspace"]
     methods = ("plain", "less", "projection-2048", "projection-512")
     rand = [f"{widths['groupings'][m]['agreement']['domain']['ari']['mean']:.3f}" for m in methods]
     minus = [interval(widths["comparisons"][f"{m} - single"]["loss"]) for m in methods]
     routed = interval(widths["comparisons"]["gradientspace - single"]["loss"])
     long = interval(compute["comparisons"]["single-long - single"]["loss"])
     by_k = read("ablations/k")
-    variants = [f"k-{k}-dev_b-seed0" for k in (2, 4, 8, 16)]
+    variants = [entry(by_k, f"k-{k}") for k in (2, 4, 8, 16)]
     gained = [(minus_single(by_k, f"{v}/gradientspace") or {})["mean"] for v in variants]
     gains = ", ".join(f"{gain:+.4f}" for gain in gained[:-1]) + f" and {gained[-1]:+.4f}"
     behind = [by_k["comparisons"][f"{v}/gradientspace - {v}/embedding"]["loss"]["mean"] for v in variants]
@@ -205,14 +206,20 @@ def beside(variant: str, other: str = "single") -> str:
 def beside_by_seed(variant: str, other: str) -> dict[str, Any]:
     """The same, with the difference of each seed."""
     found = read(f"ablations/{variant.split('-', 1)[0]}")
-    entry = f"{variant}-dev_b-seed0" if len(found["seeds"]) == 1 else f"{variant}-dev_b"
-    return found["comparisons"][f"{entry}/gradientspace - {entry}/{other}"]["loss"]
+    name = entry(found, variant)
+    return found["comparisons"][f"{name}/gradientspace - {name}/{other}"]["loss"]
+
+
+def entry(found: dict[str, Any], variant: str) -> str:
+    """What a variant is called in its table: runs of several seeds have a name without one."""
+    return f"{variant}-dev_b" + (f"-seed{found['seeds'][0]}" if len(found["seeds"]) == 1 else "")
 
 
 def changed(item: str, value: str, other: str) -> str:
     """Routed loss of one value of an ablated option minus that of another, which stands before it in the table."""
-    ours = [f"{item}-{v}-dev_b-seed0/gradientspace" for v in (value, other)]
-    return interval(read(f"ablations/{item}")["comparisons"][" - ".join(ours)]["loss"])
+    found = read(f"ablations/{item}")
+    ours = [f"{entry(found, f'{item}-{v}')}/gradientspace" for v in (value, other)]
+    return interval(found["comparisons"][" - ".join(ours)]["loss"])
 
 
 def real_mix() -> list[str]:
