@@ -49,6 +49,19 @@ def routers() -> list[str]:
         f"the prompts against {100 * real['logistic, cluster']['accuracy']:.0f} %",
         *_calibration(mix, "The real mix"),
         *_calibration(found, "The demo"),
+        *_elsewhere(read("routers-demo-epyc")),
+    ]
+
+
+def _elsewhere(found: dict[str, Any]) -> list[str]:
+    """The calibration of the demo's first seed on another kind of processor."""
+    rows = {row["split"]: row for row in found["calibration"]}
+    return [
+        f"`{split}`: calibration error {row['calibration_error']:.3f}, a perfect router's {row['perfect_low']:.3f} to "
+        f"{row['perfect_high']:.3f}, with temperatures learnt {row['learnt']['low']:.3f} to "
+        f"{row['learnt']['high']:.3f}; right {100 * row['accuracy']:.1f} %, confidence {100 * row['confidence']:.1f} %"
+        for split, row in rows.items()
+        if split in ("dev_b", "test")
     ]
 
 
