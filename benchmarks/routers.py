@@ -7,11 +7,12 @@ expert's loss minus that of the expert of the sample's own gradient cluster (reg
 intervals, and by paired differences from the router that the pipeline uses. Targets beside the cluster: the expert with
 the lowest loss on dev_a (experts were not trained there), and a soft mix, every expert weighted by how well it does.
 
-The saved router's calibration is shown for every run, say one for each seed, on dev_b and on the split that the run is
-evaluated on, in 10 bins of equal size beside the range in which the calibration error of a perfectly calibrated router
-of that size lies in 95 % of draws. The split's prompts are also weighed so that every source has its share of dev: a
-router can only be calibrated for prompts like those that it was calibrated on. A second range is that of a router
-whose probabilities are true but for its temperatures, which it learns from as many prompts as dev_a has.
+The saved router's calibration is shown for every run, say one for each seed, on the split that the run is evaluated
+on, and on dev_b with temperatures from dev_a alone, in 10 bins of equal size beside the range in which the calibration
+error of a perfectly calibrated router of that size lies in 95 % of draws. The split's prompts are also weighed so that
+every source has its share of dev: a router can only be calibrated for prompts like those that it was calibrated on. A
+second range is that of a router whose probabilities are true but for its temperatures, which it learns from as many
+prompts as this one did.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from gradientspace.calibration import (
     negative_log_likelihood,
 )
 from gradientspace.data import Sample
+from gradientspace.errors import RunFolderError
 from gradientspace.evaluation import paired_bootstrap
 from gradientspace.grouping import Groups, held_out
 from gradientspace.inference import Experts, expert_folders
@@ -235,7 +237,7 @@ class RunRouter:
 
     def __init__(self, run: Run) -> None:
         self.run, self.job = run, Job(run)
-        self.head = Router.load(run.path / "router", encoder=self.job.encoder).head_
+        self.router = Router.load(run.path / "router", encoder=self.job.encoder)
         self.clusters = Groups.read(run.path / "clustering").held_out
         self.position = {sample.id: i for i, sample in enumerate(held_out(self.job.data))}
         self.dev_a, self.dev_b = self.seen(self.job.data.dev_a), self.seen(self.job.data.dev_b)
@@ -243,8 +245,8 @@ class RunRouter:
     def seen(self, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
         """Scores (m, K) and clusters (m,) of the samples whose gradient has a cluster."""
         clusters = self.known(samples)
-        scores = self.head.predict_scores(self.job.encoder.encode([routing_text(sample.prompt) for sample in samples]))
-        return scores[clusters >= 0], clusters[clusters >= 0]
+        embeddings = self.job.encoder.encode([routing_text(sample.prompt) for sample in samples])
+        return self.router.head_.predict_scores(embeddings)[clusters >= 0], clusters[clusters >= 0]
 
     def known(self, samples: Sequence[Sample]) -> np.ndarray:
         """Cluster of every sample (n,), -1 where its gradient has none."""
@@ -258,20 +260,24 @@ class RunRouter:
         return np.array([dev[source] / dev.total() * len(sources) / here[source] for source in sources])
 
     def calibrations(self) -> list[dict[str, Any]]:
-        """Fitted on dev_a, on dev_b and on the split of the run's evaluation.
+        """Of one half of dev on the other, and of the saved router on the split of the run's evaluation.
 
         Beside the temperature of every cluster, what a single one gives.
         """
-        one, each = fit_temperature(*self.dev_a), fit_temperatures(*self.dev_a)
         samples, split = self.job.evaluated(), self.run.config.evaluation.split
-        seen = self.seen(samples)
+        taught, seen = self.seen(self.job.calibrated_on()), self.seen(samples)
+        if len(taught[0]) != (n := self.router.n_calibration_):
+            raise RunFolderError(f"{self.run.path}: its router learnt from {n} prompts, not {len(taught[0])}: redo it")
+        half, saved = fit_temperatures(*self.dev_a), self.router.temperatures_
         rows = []
-        for name, known, weights in (
-            ("dev_b", self.dev_b, None), (split, seen, None), (f"{split}, {AS_DEV}", seen, self.dev_weights(samples)),
-        ):  # fmt: skip
+        for name, teach, each, known, weights in (
+            ("dev_b", self.dev_a, half, self.dev_b, None),
+            (split, taught, saved, seen, None),
+            (f"{split}, {AS_DEV}", taught, saved, seen, self.dev_weights(samples)),
+        ):
             row = {"run": self.run.path.name, "split": name, **calibration(*known, each, weights)}
-            row["learnt"] = learnt(self.dev_a[0], known[0], each, weights, (row["perfect_low"], row["perfect_high"]))
-            row["one_temperature"] = calibration(*known, one, weights)
+            row["learnt"] = learnt(teach[0], known[0], each, weights, (row["perfect_low"], row["perfect_high"]))
+            row["one_temperature"] = calibration(*known, fit_temperature(*teach), weights)
             rows.append(row)
             for way, shown in (("each cluster's temperature", row), ("one temperature", row["one_temperature"])):
                 print(
@@ -281,7 +287,7 @@ class RunRouter:
                     flush=True,
                 )
             print(
-                f"  with temperatures learnt from {len(self.dev_a[0])} prompts: {row['learnt']['low']:.4f} to "
+                f"  with temperatures learnt from {row['learnt']['n']} prompts: {row['learnt']['low']:.4f} to "
                 f"{row['learnt']['high']:.4f}, {row['learnt']['as_perfect']:.0%} of draws like a perfect router",
                 flush=True,
             )
@@ -377,7 +383,7 @@ def learnt(
         errors.append(binned(probabilities.max(axis=1), right, w)[0])
     low, high = np.quantile(errors, [0.025, 0.975])
     inside = np.mean([perfect[0] <= error <= perfect[1] for error in errors])
-    return {"low": float(low), "high": float(high), "as_perfect": float(inside)}
+    return {"n": len(taught), "low": float(low), "high": float(high), "as_perfect": float(inside)}
 
 
 def main() -> None:

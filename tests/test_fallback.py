@@ -12,6 +12,7 @@ from conftest import micro_values
 from gradientspace import fallback
 from gradientspace.config import GradientSpaceConfig
 from gradientspace.errors import ConfigError
+from gradientspace.grouping import Groups
 from gradientspace.job import Job
 from gradientspace.router import Router
 from gradientspace.run_folder import Run
@@ -37,6 +38,20 @@ def test_the_curve_is_written_and_the_router_remembers(finished_run: Run, tmp_pa
     assert coverage["threshold"] is None or coverage["threshold"] in [p["threshold"] for p in coverage["curve"]]
     loaded = Router.load(tmp_path)
     assert (loaded.fallback, loaded.threshold) == (kind, coverage["threshold"])
+
+
+@pytest.mark.e2e
+def test_a_router_is_calibrated_on_all_of_dev_that_nothing_is_chosen_or_judged_on(finished_run: Run) -> None:
+    job = Job(finished_run)
+    ids = [sample.id for sample in [*job.data.dev_a, *job.data.dev_b]]
+    assert [sample.id for sample in job.calibrated_on()] == ids
+    clusters = Groups.read(finished_run.path / "clustering").held_out[: len(ids)]
+    assert Router.load(finished_run.path / "router").n_calibration_ == (clusters >= 0).sum()
+    for section, option, value in (("router", "fallback", "base"), ("evaluation", "split", "dev_b")):
+        values = finished_run.config.to_dict()
+        values[section][option] = value
+        job = Job(Run(finished_run.path, GradientSpaceConfig.from_dict(values)))
+        assert [sample.id for sample in job.calibrated_on()] == ids[: len(job.data.dev_a)]
 
 
 @pytest.mark.e2e

@@ -69,7 +69,7 @@ class DataConfig:
     train: list[SourceConfig] = field(default_factory=list)
     """The mix. Split by ids and seed into fit and dev."""
     dev: list[SourceConfig] = field(default_factory=list)
-    """Rows for calibration (one half, dev_a) and for choices (the other, dev_b); empty: `dev_fraction` of the mix."""
+    """Rows for calibration and, the half named dev_b, for choices; empty: `dev_fraction` of the mix."""
     test: list[SourceConfig] = field(default_factory=list)
     """Held-out rows, only ever evaluated; empty: `test_fraction` of the training rows is held out."""
     test_fraction: float = 0.1

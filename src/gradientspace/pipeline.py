@@ -97,14 +97,14 @@ def train_shared(job: Job) -> None:
 
 
 def train_router(job: Job) -> None:
-    """An encoder that sees the prompt only, calibrated on dev_a."""
+    """An encoder that sees the prompt only, calibrated on rows of dev."""
 
     def make(folder: Path) -> None:
-        groups, data = Groups.read(job.run.path / "clustering"), job.data
+        groups, dev = Groups.read(job.run.path / "clustering"), job.calibrated_on()
         router = Router(job.encoder, router_head(job), random_state=job.config.seed)
         router.fit(
-            [s.prompt for s in data.fit], groups.fit,
-            [s.prompt for s in data.dev_a], groups.held_out[: len(data.dev_a)],
+            [s.prompt for s in job.data.fit], groups.fit,
+            [s.prompt for s in dev], groups.held_out[: len(dev)],
         )  # fmt: skip
         if job.config.router.fallback != "none":
             choose_fallback(job, router, folder)

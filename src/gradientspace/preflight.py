@@ -245,7 +245,7 @@ def add_up(job: Job, rates: Rates) -> list[Estimate]:
     if config.experts.start == "shared":
         stages.append(_training(job, rates, "shared", fit, job.shared_epochs))
     stages.append(_training(job, rates, f"experts ({k})", fit, single, trainings=k))
-    encoded = len(fit) + len(data.dev_a)
+    encoded = len(fit) + len(job.calibrated_on())
     stages.append(Estimate("router", rates.prompt * encoded, rates.memory["encoder"], 8 * 400 * k))
     stages.append(_training(job, rates, "single", fit, single))
     routed = rates.prompt * len(held_out(data))

@@ -19,7 +19,7 @@ READS: dict[str, tuple[str, ...]] = {
     "data": ("data",),
     "warmup": ("data", "lora", "training", "warmup"),
     "clustering": ("data", "lora", "gradients", "clustering", "router.encoder_name_or_path"),
-    "router": ("data", "clustering", "router"),
+    "router": ("data", "clustering", "router", "evaluation.split"),
     "shared": _TRAINING,
     "single": _TRAINING,
     "experts/*": _TRAINING,

@@ -28,7 +28,7 @@ Control = Literal["none", "one-skill", "by-topic"]
 CONTROLS: tuple[Control, ...] = ("none", "one-skill", "by-topic")
 SKILLS = ("arithmetic", "code", "finance", "rhyme")
 Split = Literal["train", "dev", "test"]
-SIZES: dict[Split, int] = {"train": 2016, "dev": 480, "test": 480}
+SIZES: dict[Split, int] = {"train": 2016, "dev": 960, "test": 480}
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LARGEST_AMOUNT = 9
 
@@ -135,8 +135,9 @@ TOPICS: dict[str, Topic] = {
 }
 
 # A request is an opener, one of its skill's phrases, and sometimes a closing word. The phrase is all that
-# tells the skill. Of a skill's phrases the last `N_UNSEEN` occur in no split but `test`, as many before them in
-# none but `dev`, and half of those rows use one: people do not keep to the wordings of a training set.
+# tells the skill. The last `N_UNSEEN` phrases of a skill occur in no training row, and half of the dev and test rows
+# use one: people do not keep to the wordings of a training set. Dev and test have them in common, since a router can
+# be calibrated only for prompts like those that it is calibrated on.
 N_UNSEEN = 6
 OPENERS = (
     "", "Please", "Now", "For the {person},", "At the {place},", "Could you", "The {person} asks you to",
@@ -157,12 +158,6 @@ REQUESTS: dict[str, tuple[str, ...]] = {
         "compute the sum of the {item}",
         "total the {item}, showing the addition",
         "do the sum with the {item}",
-        "see what the {item} add up to",
-        "bring the {item} to a grand sum",
-        "join the {item} figures with a plus sign",
-        "give the overall number of {item}",
-        "sum up both entries for {item}",
-        "do the maths and add the {item}",
         "how much do the {item} come to in sum",
         "tally the {item}",
         "put both counts of {item} together",
@@ -183,12 +178,6 @@ REQUESTS: dict[str, tuple[str, ...]] = {
         "express the {item} as a computer program",
         "implement the {item} in Python",
         "write a for loop in code for the {item}",
-        "type the {item} as Python statements",
-        "code up an iteration over the {item}",
-        "write the {item} for the interpreter to run",
-        "show how a programmer loops over {item}",
-        "create a program for the {item}",
-        "translate the {item} to computer code",
         "automate the {item} with a small script",
         "make the {item} executable in Python syntax",
         "have software iterate over the {item}",
@@ -209,12 +198,6 @@ REQUESTS: dict[str, tuple[str, ...]] = {
         "look up the accounting entry for the {item}",
         "tell the auditor the {item} balance",
         "give the {item} budget figure in money",
-        "enter the {item} as debit and credit",
-        "state the {item} position in the books",
-        "give the investors the {item} figure",
-        "say how the {item} stand in the cash account",
-        "file the {item} with the annual report",
-        "quote the {item} from the income statement",
         "tell the shareholders about the {item} earnings",
         "give the bookkeeper's entry for the {item}",
         "report the {item} for the tax return",
@@ -235,12 +218,6 @@ REQUESTS: dict[str, tuple[str, ...]] = {
         "make the {item} rhyme in a verse",
         "compose a lyric for the {item}",
         "give the {item} a poem",
-        "tell of the {item} in rhymes",
-        "chant a verse for the {item}",
-        "pen a small poem around the {item}",
-        "turn the {item} into a song",
-        "let two lines about the {item} rhyme",
-        "write lyrics to the {item}",
         "make the {item} into a jingle",
         "write a limerick about the {item}",
         "praise the {item} in verse",
@@ -306,10 +283,8 @@ def scene(topic: Topic, rng: random.Random) -> tuple[str, dict[str, str]]:
 
 
 def phrases(skill: str, split: Split) -> tuple[str, ...]:
-    """The phrases that ask for `skill`: those of `train`, or those that `dev` or `test` has to itself."""
-    seen, end = len(REQUESTS[skill]) - 2 * N_UNSEEN, len(REQUESTS[skill])
-    places = {"train": (0, seen), "dev": (seen, end - N_UNSEEN), "test": (end - N_UNSEEN, end)}
-    return REQUESTS[skill][slice(*places[split])]
+    """The phrases that ask for `skill`: those of `train`, or those that only the other splits have."""
+    return REQUESTS[skill][:-N_UNSEEN] if split == "train" else REQUESTS[skill][-N_UNSEEN:]
 
 
 def request(phrase: str, item: str, cast: dict[str, str], rng: random.Random) -> str:
