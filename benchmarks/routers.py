@@ -8,11 +8,12 @@ intervals, and by paired differences from the router that the pipeline uses. Tar
 the lowest loss on dev_a (experts were not trained there), and a soft mix, every expert weighted by how well it does.
 
 The saved router's calibration is shown for every run, say one for each seed, on the split that the run is evaluated
-on, and on dev_b with temperatures from dev_a alone, in 10 bins of equal size beside the range in which the calibration
+on, and on dev_b with a calibration from dev_a alone, in 10 bins of equal size beside the range in which the calibration
 error of a perfectly calibrated router of that size lies in 95 % of draws. The split's prompts are also weighed so that
 every source has its share of dev: a router can only be calibrated for prompts like those that it was calibrated on. A
-second range is that of a router whose probabilities are true but for its temperatures, which it learns from as many
-prompts as this one did.
+second range is that of a router whose probabilities are true but for temperatures and noise, which it learns from as
+many prompts as this one did. Beside it what two simpler calibrations give, learnt from the same prompts: a temperature
+for each cluster without noise, and a single temperature.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from gradientspace.assignments import Assignments
 from gradientspace.calibration import (
-    calibrated_probabilities,
+    Calibration,
+    fit_calibration,
     fit_temperature,
-    fit_temperatures,
     negative_log_likelihood,
 )
 from gradientspace.data import Sample
@@ -260,26 +261,27 @@ class RunRouter:
         return np.array([dev[source] / dev.total() * len(sources) / here[source] for source in sources])
 
     def calibrations(self) -> list[dict[str, Any]]:
-        """Of one half of dev on the other, and of the saved router on the split of the run's evaluation.
-
-        Beside the temperature of every cluster, what a single one gives.
-        """
+        """Of one half of dev on the other, and of the saved router on the split of the run's evaluation."""
         samples, split = self.job.evaluated(), self.run.config.evaluation.split
         taught, seen = self.seen(self.job.calibrated_on()), self.seen(samples)
         if len(taught[0]) != (n := self.router.n_calibration_):
             raise RunFolderError(f"{self.run.path}: its router learnt from {n} prompts, not {len(taught[0])}: redo it")
-        half, saved = fit_temperatures(*self.dev_a), self.router.temperatures_
+        half, saved = fit_calibration(*self.dev_a), self.router.calibration_
         rows = []
-        for name, teach, each, known, weights in (
+        for name, teach, found, known, weights in (
             ("dev_b", self.dev_a, half, self.dev_b, None),
             (split, taught, saved, seen, None),
             (f"{split}, {AS_DEV}", taught, saved, seen, self.dev_weights(samples)),
         ):
-            row = {"run": self.run.path.name, "split": name, **calibration(*known, each, weights)}
-            row["learnt"] = learnt(teach[0], known[0], each, weights, (row["perfect_low"], row["perfect_high"]))
-            row["one_temperature"] = calibration(*known, fit_temperature(*teach), weights)
+            simpler = {
+                "temperatures": fit_calibration(*teach, with_noise=False),
+                "one_temperature": Calibration(np.full(len(found.temperatures), fit_temperature(*teach))),
+            }
+            row = {"run": self.run.path.name, "split": name, **calibration(*known, found, weights)}
+            row["learnt"] = learnt(teach[0], known[0], found, weights, (row["perfect_low"], row["perfect_high"]))
+            row |= {way: calibration(*known, other, weights) for way, other in simpler.items()}
             rows.append(row)
-            for way, shown in (("each cluster's temperature", row), ("one temperature", row["one_temperature"])):
+            for way, shown in (("as it is", row), *((way, row[way]) for way in simpler)):
                 print(
                     f"{row['run']}, {name}, {way}: -log p {shown['negative_log_likelihood']:.4f}, calibration error "
                     f"{shown['calibration_error']:.4f}; a perfect router of {shown['n']} prompts: "
@@ -287,36 +289,33 @@ class RunRouter:
                     flush=True,
                 )
             print(
-                f"  with temperatures learnt from {row['learnt']['n']} prompts: {row['learnt']['low']:.4f} to "
+                f"  where its calibration is learnt from {row['learnt']['n']} prompts: {row['learnt']['low']:.4f} to "
                 f"{row['learnt']['high']:.4f}, {row['learnt']['as_perfect']:.0%} of draws like a perfect router",
                 flush=True,
             )
         return rows
 
 
-def likelihood_by_spread(routers: Sequence[RunRouter]) -> dict[str, float]:
-    """Mean negative log-likelihood of one half of dev with temperatures from the other, by the width of their prior."""
-    found = {}
-    for spread in SPREADS:
-        values = [
-            negative_log_likelihood(*judge, fit_temperatures(*teach, spread))
-            for router in routers
-            for teach, judge in ((router.dev_a, router.dev_b), (router.dev_b, router.dev_a))
-        ]
-        found[str(spread)] = float(np.mean(values))
-        print(f"prior of deviation {spread}: -log p {found[str(spread)]:.4f}", flush=True)
-    return found
+def likelihood(routers: Sequence[RunRouter], **options: Any) -> float:
+    """Mean negative log-likelihood of one half of dev where `fit_calibration(..., **options)` saw the other."""
+    values = [
+        negative_log_likelihood(fit_calibration(*teach, **options).probabilities(scores), clusters)
+        for router in routers
+        for teach, (scores, clusters) in ((router.dev_a, router.dev_b), (router.dev_b, router.dev_a))
+    ]
+    print(f"one half of dev by the other, {options}: -log p {np.mean(values):.4f}", flush=True)
+    return float(np.mean(values))
 
 
 def calibration(
     scores: np.ndarray,
     clusters: np.ndarray,
-    temperature: float | np.ndarray,
+    how: Calibration,
     weights: np.ndarray | None = None,
     draws: int = 2000,
 ) -> dict[str, Any]:
     """Likelihood, ten bins of equal weight, their error, and a perfect router's. `scores`: (n, K), the others (n,)."""
-    probabilities = calibrated_probabilities(scores, temperature)
+    probabilities = how.probabilities(scores)
     right, confidence = probabilities.argmax(1) == clusters, probabilities.max(1)
     w = shares(len(right), weights)
     generator = np.random.default_rng(0)
@@ -357,20 +356,20 @@ def binned(confidence: np.ndarray, right: np.ndarray, w: np.ndarray) -> tuple[fl
 def learnt(
     taught: np.ndarray,
     scores: np.ndarray,
-    temperatures: np.ndarray,
+    true: Calibration,
     weights: np.ndarray | None,
     perfect: tuple[float, float],
     draws: int = 300,
 ) -> dict[str, float]:
-    """The calibration error where only the temperatures are not known, but learnt from as many prompts.
+    """The calibration error where only the calibration is not known, but learnt from as many prompts.
 
-    The router's probabilities are taken to be true: labels are drawn from them for the scores `taught` (m, K), which
-    temperatures are fitted on, and for `scores` (n, K), which these are judged on. `low` and `high` hold 95 % of draws;
+    The router's probabilities are taken to be `true`: labels are drawn from them for the scores `taught` (m, K), which
+    a calibration is fitted on, and for `scores` (n, K), which it is judged on. `low` and `high` hold 95 % of draws;
     `as_perfect` is the share of them within the range `perfect`.
     """
     generator = np.random.default_rng(0)
     w = shares(len(scores), weights)
-    truth = [calibrated_probabilities(values, temperatures).cumsum(axis=1) for values in (taught, scores)]
+    truth = [true.probabilities(values).cumsum(axis=1) for values in (taught, scores)]
 
     def labels(cumulated: np.ndarray) -> np.ndarray:
         drawn = (generator.random((len(cumulated), 1)) > cumulated).sum(axis=1)
@@ -378,7 +377,7 @@ def learnt(
 
     errors = []
     for _ in range(draws):
-        probabilities = calibrated_probabilities(scores, fit_temperatures(taught, labels(truth[0])))
+        probabilities = fit_calibration(taught, labels(truth[0])).probabilities(scores)
         right = probabilities.argmax(axis=1) == labels(truth[1])
         errors.append(binned(probabilities.max(axis=1), right, w)[0])
     low, high = np.quantile(errors, [0.025, 0.975])
@@ -401,7 +400,8 @@ def main() -> None:
         "split": "dev_b",
         "n": len(case.dev_b),
         "calibration": [row for router in routers for row in router.calibrations()],
-        "likelihood_by_spread": likelihood_by_spread(routers),
+        "likelihood_by_spread": {str(spread): likelihood(routers, spread=spread) for spread in SPREADS},
+        "likelihood_without_noise": likelihood(routers, with_noise=False),
         "routers": compare(case, options.fine_tune and not options.quick),
     }
     if options.json:

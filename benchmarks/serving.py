@@ -245,6 +245,7 @@ def _table(name: str, b: int, result: dict[str, Any]) -> str:
 
 def routing(quick: bool) -> dict[str, Any]:
     """Milliseconds of one prompt of 128 word pieces, and of a short one, through encoder and head; per type."""
+    from gradientspace.calibration import Calibration
     from gradientspace.encoder import Encoder
     from gradientspace.router import LinearHead, Router
 
@@ -255,7 +256,7 @@ def routing(quick: bool) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for dtype in ("float32", "auto"):
         router = Router(Encoder(dtype=dtype))  # type: ignore[arg-type]
-        router.n_clusters, router.temperatures_ = 8, np.ones(8)
+        router.n_clusters, router.calibration_ = 8, Calibration.none(8)
         router.head_ = LinearHead(rng.standard_normal((8, 384)), np.zeros(8))
         name = f"{dtype} ({str(router.encoder.dtype).removeprefix('torch.')})"
         results[name] = {}

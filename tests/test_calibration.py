@@ -1,12 +1,15 @@
 import numpy as np
 import pytest
+from scipy.optimize import approx_fprime
 
 from gradientspace.calibration import (
-    calibrated_probabilities,
+    Calibration,
+    _Posterior,
+    _smoothed,
     coverage_curve,
     expected_calibration_error,
+    fit_calibration,
     fit_temperature,
-    fit_temperatures,
     negative_log_likelihood,
     select_threshold,
 )
@@ -17,9 +20,15 @@ def planted(n=2_000, n_classes=4, scale=1.0, seed=0):
     """Scores, and labels drawn from their softmax; the scores are then multiplied by `scale`."""
     rng = np.random.default_rng(seed)
     scores = 2 * rng.standard_normal((n, n_classes))
-    p = calibrated_probabilities(scores, 1.0)
-    labels = (p.cumsum(axis=1) > rng.random((n, 1))).argmax(axis=1)
-    return scale * scores, labels
+    return scale * scores, drawn(Calibration.none(n_classes).probabilities(scores), rng)
+
+
+def drawn(p, rng):
+    return (p.cumsum(axis=1) > rng.random((len(p), 1))).argmax(axis=1)
+
+
+def with_temperature(temperature, n_classes=4):
+    return Calibration(np.full(n_classes, temperature))
 
 
 @pytest.mark.parametrize("scale", [0.2, 1.0, 8.0])
@@ -27,33 +36,61 @@ def test_the_planted_temperature_is_found_and_calibrates(scale):
     scores, labels = planted(scale=scale)
     temperature = fit_temperature(scores, labels)
     assert temperature == pytest.approx(scale, rel=0.1)
-    before, after = (negative_log_likelihood(scores, labels, t) for t in (1.0, temperature))
+    before, after = (
+        negative_log_likelihood(with_temperature(t).probabilities(scores), labels) for t in (1.0, temperature)
+    )
     assert after <= before + 1e-6
     fresh, fresh_labels = planted(20_000, scale=scale, seed=1)
-    assert expected_calibration_error(calibrated_probabilities(fresh, temperature), fresh_labels) < 0.02
+    assert expected_calibration_error(with_temperature(temperature).probabilities(fresh), fresh_labels) < 0.02
 
 
-def test_temperature_does_not_change_the_choice():
+def test_calibration_does_not_change_the_choice():
     scores, labels = planted(scale=5.0)
-    p = calibrated_probabilities(scores, fit_temperature(scores, labels))
+    p = fit_calibration(scores, labels).probabilities(scores)
     np.testing.assert_array_equal(p.argmax(axis=1), scores.argmax(axis=1))
     np.testing.assert_allclose(p.sum(axis=1), 1)
 
 
-def test_classes_of_different_sharpness_each_get_their_temperature():
+def planted_by_class(seed):
     """Scores of rows that look like class 0 are four times too sharp; of the others they are right."""
+    scores, labels = planted(3_000, seed=seed)
+    return np.where((scores.argmax(axis=1) == 0)[:, None], 4 * scores, scores), labels
 
-    def planted_by_class(seed):
-        scores, labels = planted(3_000, seed=seed)
-        return np.where((scores.argmax(axis=1) == 0)[:, None], 4 * scores, scores), labels
 
-    temperatures = fit_temperatures(*planted_by_class(0))
-    assert temperatures == pytest.approx([4, 1, 1, 1], rel=0.15)
+@pytest.mark.parametrize("with_noise", [True, False])
+def test_classes_of_different_sharpness_each_get_their_temperature(with_noise):
+    calibration = fit_calibration(*planted_by_class(0), with_noise=with_noise)
+    assert calibration.temperatures == pytest.approx([4, 1, 1, 1], rel=0.2)
+    assert calibration.noise < 0.02
     scores, labels = planted_by_class(1)
-    p = calibrated_probabilities(scores, temperatures)
-    np.testing.assert_array_equal(p.argmax(axis=1), scores.argmax(axis=1))
-    one = negative_log_likelihood(scores, labels, fit_temperature(*planted_by_class(0)))
-    assert negative_log_likelihood(scores, labels, temperatures) < one - 0.02
+    one = with_temperature(fit_temperature(*planted_by_class(0))).probabilities(scores)
+    assert negative_log_likelihood(calibration.probabilities(scores), labels) < (
+        negative_log_likelihood(one, labels) - 0.02
+    )
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05, 0.2])
+def test_the_planted_noise_is_found_and_calibrates(noise):
+    truth = Calibration(np.array([0.5, 1.0, 2.0]), noise)
+    rng = np.random.default_rng(0)
+    known, fresh = (4 * rng.standard_normal((n, 3)) for n in (3_000, 20_000))
+    labels, fresh_labels = (drawn(truth.probabilities(scores), rng) for scores in (known, fresh))
+    found = fit_calibration(known, labels, spread=1.0)
+    assert found.noise == pytest.approx(noise, abs=0.015)
+    assert found.temperatures == pytest.approx(truth.temperatures, rel=0.25)
+    assert expected_calibration_error(found.probabilities(fresh), fresh_labels) < 0.015
+    if noise:  # temperatures alone make sure rows too sure and the others too modest
+        alone = fit_calibration(known, labels, spread=1.0, with_noise=False)
+        assert expected_calibration_error(alone.probabilities(fresh), fresh_labels) > 0.02
+
+
+def test_the_slope_of_the_posterior_is_that_of_its_values():
+    scores, labels = planted(50, n_classes=3)
+    for with_noise in (True, False):
+        posterior = _Posterior(scores, _smoothed(labels, 3), 0.3, with_noise)
+        for at in np.random.default_rng(0).normal(0, 1, (3, 5)):
+            slope = approx_fprime(at, lambda v, f=posterior: f(v)[0], 1e-7)
+            np.testing.assert_allclose(posterior(at)[1], slope, rtol=1e-3, atol=1e-3)
 
 
 def test_few_rows_hardly_move_a_class_from_the_common_temperature():
@@ -61,23 +98,30 @@ def test_few_rows_hardly_move_a_class_from_the_common_temperature():
     rare = np.flatnonzero(scores.argmax(axis=1) == 2)
     kept = np.setdiff1d(np.arange(2_000), rare[3:])
     wrong = np.where(np.isin(np.arange(2_000), rare), 0, labels)
-    common, found = fit_temperature(scores[kept], wrong[kept]), fit_temperatures(scores[kept], wrong[kept])
+    found = fit_calibration(scores[kept], wrong[kept]).temperatures
+    common = np.sqrt(found[0] * found[1])
     assert common < found[2] < 1.5 * common  # three prompts, all wrong
     none = np.setdiff1d(kept, rare)
-    assert fit_temperatures(scores[none], labels[none])[2] == fit_temperature(scores[none], labels[none])
+    found = fit_calibration(scores[none], labels[none]).temperatures
+    assert min(found[:2]) <= found[2] <= max(found[:2])
 
 
 def test_being_always_right_is_not_certainty():
     labels = np.arange(50) % 3
-    p = calibrated_probabilities(5.0 * np.eye(3)[labels], fit_temperature(5.0 * np.eye(3)[labels], labels))
+    scores = 5.0 * np.eye(3)[labels]
+    p = with_temperature(fit_temperature(scores, labels), 3).probabilities(scores)
     assert p.max(axis=1) == pytest.approx(1 - 1 / 52, abs=1e-4)  # the rule of succession
+    p = fit_calibration(scores, labels).probabilities(scores)
+    assert p.max(axis=1) == pytest.approx(1 - 1 / 52, abs=5e-3)
 
 
 def test_nothing_to_calibrate():
     assert fit_temperature(np.zeros((0, 3)), np.zeros(0, int)) == 1.0
     assert fit_temperature(np.zeros((5, 1)), np.zeros(5, int)) == 1.0
-    assert fit_temperatures(np.zeros((0, 3)), np.zeros(0, int)).tolist() == [1.0] * 3
-    assert fit_temperatures(np.zeros((5, 1)), np.zeros(5, int)).tolist() == [1.0]
+    for n, n_classes in ((0, 3), (5, 1)):
+        found = fit_calibration(np.zeros((n, n_classes)), np.zeros(n, int))
+        assert found.temperatures.tolist() == [1.0] * n_classes
+        assert found.noise == 0
 
 
 def test_calibration_error_of_known_cases():

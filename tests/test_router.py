@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from gradientspace.calibration import expected_calibration_error, negative_log_likelihood
+from gradientspace.calibration import Calibration, expected_calibration_error, negative_log_likelihood
 from gradientspace.encoder import Encoder
 from gradientspace.errors import DataError, ModelError, RunFolderError
 from gradientspace.router import RidgeHead, Router
@@ -80,7 +80,7 @@ def test_save_and_load_keep_every_bit_and_setting(fitted, tmp_path):
     loaded = Router.load(tmp_path, encoder=fitted.encoder)
     prompts, _ = planted(50, seed=3)
     np.testing.assert_array_equal(loaded.predict_proba(prompts), fitted.predict_proba(prompts))
-    for attribute in ("n_clusters", "temperatures_", "n_calibration_", "threshold", "random_state"):
+    for attribute in ("n_clusters", "n_calibration_", "threshold", "random_state"):
         np.testing.assert_array_equal(getattr(loaded, attribute), getattr(fitted, attribute))
     loaded.save(tmp_path / "again")
     assert (tmp_path / "again" / "router.json").read_text() == (tmp_path / "router.json").read_text()
@@ -89,17 +89,19 @@ def test_save_and_load_keep_every_bit_and_setting(fitted, tmp_path):
 def test_one_temperature_for_all_is_read_as_before(fitted, tmp_path):
     fitted.save(tmp_path)
     settings = json.loads((tmp_path / "router.json").read_text())
+    del settings["noise"]
     (tmp_path / "router.json").write_text(json.dumps(settings | {"temperature": 2.5}))
     loaded = Router.load(tmp_path, encoder=fitted.encoder)
-    assert loaded.temperatures_.tolist() == [2.5] * fitted.n_clusters
+    assert loaded.calibration_.temperatures.tolist() == [2.5] * fitted.n_clusters
+    assert loaded.calibration_.noise == 0
 
 
 def test_noisy_clusters_choose_a_strong_penalty_and_calibration_lowers_the_loss(fitted):
     assert fitted.head_.C < Router(Words()).fit(*planted()).head_.C
     prompts, clusters = planted(120, noise=0.3, seed=1)
     scores = fitted.head_.predict_scores(fitted.encoder.encode(prompts))
-    calibrated = negative_log_likelihood(scores, clusters, fitted.temperatures_)
-    assert calibrated <= negative_log_likelihood(scores, clusters) + 1e-4
+    before, after = (c.probabilities(scores) for c in (Calibration.none(fitted.n_clusters), fitted.calibration_))
+    assert negative_log_likelihood(after, clusters) <= negative_log_likelihood(before, clusters) + 1e-4
     np.testing.assert_array_equal(fitted.predict_proba(prompts).argmax(axis=1), scores.argmax(axis=1))
 
 
@@ -108,7 +110,7 @@ def test_two_clusters_keep_both_logits():
     router = Router(Words()).fit(prompts, clusters)
     assert router.head_.weight.shape == (2, 32)
     assert (router.predict(prompts) == clusters).all()
-    assert router.temperatures_.tolist() == [1.0] * router.n_clusters
+    assert router.calibration_.temperatures.tolist() == [1.0] * router.n_clusters
 
 
 def test_one_cluster_is_constant_and_needs_no_encoder(tmp_path):

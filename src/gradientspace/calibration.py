@@ -6,28 +6,42 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, softmax
+from scipy.optimize import minimize, minimize_scalar
+from scipy.special import expit, log_softmax, softmax
 
 from gradientspace.errors import DataError
 
 _LOG_TEMPERATURE = (np.log(1e-3), np.log(1e3))
+_NOISE_LOGIT, _NOISE_SPREAD = -4.0, 1.0  # 1.8 %, 0.7 to 4.7 within one deviation
 
 
-def calibrated_probabilities(scores: np.ndarray, temperature: float | np.ndarray) -> np.ndarray:
-    """`softmax(scores / temperature)`, (n, K) float64; with temperatures (K,), that of the row's best class."""
-    return softmax(_scaled(scores, temperature), axis=1)
+@dataclass(frozen=True)
+class Calibration:
+    """From scores to probabilities: `(1 - noise) * softmax(scores / temperature) + noise / K`.
+
+    `temperatures`: (K,), a row's is that of its best class. `noise`: the share of rows, in 0..1, whose class is not the
+    one that their scores speak of, however clearly they do. Neither changes which class is best.
+    """
+
+    temperatures: np.ndarray
+    noise: float = 0.0
+
+    @classmethod
+    def none(cls, n_classes: int) -> Calibration:
+        """Probabilities that are the softmax of the scores."""
+        return cls(np.ones(n_classes))
+
+    def probabilities(self, scores: np.ndarray) -> np.ndarray:
+        """(n, K) scores -> (n, K) float64; rows sum to one."""
+        scores = np.asarray(scores, np.float64)
+        clear = softmax(scores / self.temperatures[scores.argmax(axis=1)][:, None], axis=1)
+        return (1 - self.noise) * clear + self.noise / scores.shape[1]
 
 
-def negative_log_likelihood(scores: np.ndarray, labels: np.ndarray, temperature: float | np.ndarray = 1.0) -> float:
-    """Mean of `-log p(label)` in nats. `scores`: (n, K), `labels`: (n,) in 0..K-1, `temperature`: one or (K,)."""
-    log_p = log_softmax(_scaled(scores, temperature), axis=1)
-    return float(-log_p[np.arange(len(labels)), labels].mean())
-
-
-def _scaled(scores: np.ndarray, temperature: float | np.ndarray) -> np.ndarray:
-    scores = np.asarray(scores, np.float64)
-    return scores / np.broadcast_to(temperature, scores.shape[1])[scores.argmax(axis=1)][:, None]
+def negative_log_likelihood(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Mean of `-log p(label)` in nats. `probabilities`: (n, K), `labels`: (n,) in 0..K-1."""
+    with np.errstate(divide="ignore"):  # a label that was held to be impossible costs infinitely much
+        return float(-np.log(probabilities[np.arange(len(labels)), labels]).mean())
 
 
 def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -41,24 +55,62 @@ def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> float:
     n, n_classes = scores.shape
     if n == 0 or n_classes == 1:
         return 1.0
-    return _likeliest(scores, _smoothed(labels, n_classes))
+    scores, targets = np.asarray(scores, np.float64), _smoothed(labels, n_classes)
+
+    def loss(log_temperature: float) -> float:
+        return -(targets * log_softmax(scores / np.exp(log_temperature), axis=1)).sum()
+
+    # Convex in 1/temperature, hence with a single minimum in its logarithm.
+    best = minimize_scalar(loss, bounds=_LOG_TEMPERATURE, method="bounded", options={"xatol": 1e-6})
+    return float(np.exp(best.x))
 
 
-def fit_temperatures(scores: np.ndarray, labels: np.ndarray, spread: float = 0.3) -> np.ndarray:
-    """A temperature (K,) for the rows of each best class: sure classes and vague ones are not equally overconfident.
+def fit_calibration(
+    scores: np.ndarray, labels: np.ndarray, spread: float = 0.3, with_noise: bool = True
+) -> Calibration:
+    """A temperature for each best class, since sure and vague ones are not equally overconfident, and a share of noise.
 
-    No choice changes, since a row's scores are all divided by the same number. Few rows say little about a class, so
-    the logarithm of its temperature has a normal prior of deviation `spread` around that of `fit_temperature`, and a
-    class without rows keeps that one. Labels are smoothed as there. The default spread is that with the most likely
-    labels on `dev` of the real mix (`benchmarks/routers.py`).
+    `scores`: (n, K), `labels`: (n,). Maximum a posteriori: few rows say little about a class, so the logarithm of its
+    temperature has a normal prior of deviation `spread` around that of a common one, which is free; a class without
+    rows keeps the common one. The noise has a logit-normal prior, median 1.8 %, or is left out. Labels are smoothed as
+    in `fit_temperature`. The defaults are those with the most likely labels on `dev` (`benchmarks/routers.py`).
     """
-    n_classes = scores.shape[1]
-    common = fit_temperature(scores, labels)
-    if n_classes == 1:
-        return np.array([common])
-    best, targets = scores.argmax(axis=1), _smoothed(labels, n_classes)
-    rows = [best == k for k in range(n_classes)]
-    return np.array([_likeliest(scores[r], targets[r], common, spread) if r.any() else common for r in rows])
+    n, n_classes = scores.shape
+    if n == 0 or n_classes == 1:
+        return Calibration.none(n_classes)
+    posterior = _Posterior(np.asarray(scores, np.float64), _smoothed(labels, n_classes), spread, with_noise)
+    start = np.zeros(n_classes + 2)
+    start[0], start[-1] = np.log(fit_temperature(scores, labels)), _NOISE_LOGIT
+    bounds = [_LOG_TEMPERATURE, *[(-5, 5)] * n_classes, (-15, 5)]
+    found = minimize(posterior, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-12}).x
+    return Calibration(np.exp(found[0] + found[1:-1]), float(expit(found[-1])) if with_noise else 0.0)
+
+
+class _Posterior:
+    """Minus the log posterior of (common log temperature, each class's deviation from it (K), logit of the noise)."""
+
+    def __init__(self, scores: np.ndarray, targets: np.ndarray, spread: float, with_noise: bool) -> None:
+        self.scores, self.targets, self.spread, self.with_noise = scores, targets, spread, with_noise
+        self.best = scores.argmax(axis=1)
+
+    def __call__(self, at: np.ndarray) -> tuple[float, np.ndarray]:
+        """Value and gradient (K + 2,)."""
+        n_classes = self.scores.shape[1]
+        deviations, noise = at[1:-1], float(expit(at[-1])) if self.with_noise else 0.0
+        scaled = self.scores / np.exp(at[0] + deviations[self.best])[:, None]
+        clear = softmax(scaled, axis=1)
+        p = np.maximum((1 - noise) * clear + noise / n_classes, np.finfo(np.float64).tiny)
+        per_p = -self.targets / p
+        by_score = (1 - noise) * clear * (per_p - (per_p * clear).sum(axis=1, keepdims=True))
+        by_row = -(by_score * scaled).sum(axis=1)
+        by_class = np.bincount(self.best, by_row, minlength=n_classes) + deviations / self.spread**2
+        value = -(self.targets * np.log(p)).sum() + (deviations**2).sum() / (2 * self.spread**2)
+        by_noise = 0.0
+        if self.with_noise:
+            off = (at[-1] - _NOISE_LOGIT) / _NOISE_SPREAD
+            value += off**2 / 2
+            by_noise = noise * (1 - noise) * (per_p * (1 / n_classes - clear)).sum() + off / _NOISE_SPREAD
+        return float(value), np.concatenate([[by_row.sum()], by_class, [by_noise]])
 
 
 def _smoothed(labels: np.ndarray, n_classes: int) -> np.ndarray:
@@ -67,19 +119,6 @@ def _smoothed(labels: np.ndarray, n_classes: int) -> np.ndarray:
     targets = np.full((len(labels), n_classes), error / (n_classes - 1))
     targets[np.arange(len(labels)), labels] = 1 - error
     return targets
-
-
-def _likeliest(scores: np.ndarray, targets: np.ndarray, around: float = 1.0, spread: float = np.inf) -> float:
-    """The temperature with the largest posterior: its prior is log-normal around a value, or flat."""
-    scores = np.asarray(scores, np.float64)
-
-    def loss(log_temperature: float) -> float:
-        surprise = -(targets * log_softmax(scores / np.exp(log_temperature), axis=1)).sum()
-        return float(surprise + ((log_temperature - np.log(around)) / spread) ** 2 / 2)
-
-    # Convex in 1/temperature, hence with a single minimum in its logarithm.
-    best = minimize_scalar(loss, bounds=_LOG_TEMPERATURE, method="bounded", options={"xatol": 1e-6})
-    return float(np.exp(best.x))
 
 
 def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, n_bins: int = 10) -> float:

@@ -73,7 +73,7 @@ class Job:
         return self.data.test if self.config.evaluation.split == "test" else self.data.dev_b
 
     def calibrated_on(self) -> Sequence[Sample]:
-        """What the router's temperatures come from: dev_a, and dev_b where nothing is chosen or judged there."""
+        """What the router's calibration comes from: dev_a, and dev_b where nothing is chosen or judged there."""
         config, data = self.config, self.data
         spare = config.router.fallback == "none" and config.evaluation.split != "dev_b"
         return [*data.dev_a, *data.dev_b] if spare else data.dev_a

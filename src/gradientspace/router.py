@@ -4,7 +4,7 @@
     router.predict(["What is 17 * 23?"])         # (1,) cluster
     router.predict_proba(["What is 17 * 23?"])   # (1, K) calibrated probabilities
 
-A frozen sentence encoder makes unit embeddings, a head scores the clusters, temperatures calibrate them.
+A frozen sentence encoder makes unit embeddings, a head scores the clusters, held-out prompts calibrate them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from safetensors.numpy import load_file, save_file
 from threadpoolctl import threadpool_limits
 
 from gradientspace.calibration import (
+    Calibration,
     ThresholdChoice,
-    calibrated_probabilities,
-    fit_temperatures,
+    fit_calibration,
     select_threshold,
 )
 from gradientspace.damage import reading, require
@@ -112,7 +112,7 @@ class Router:
     back. `random_state` seeds the folds that choose the head's regularisation; everything else is
     deterministic.
 
-    After `fit`: `n_clusters`, `head_`, `temperatures_` (K,), `n_calibration_` (prompts they come from).
+    After `fit`: `n_clusters`, `head_`, `calibration_`, `n_calibration_` (prompts that it comes from).
     With one cluster the router is constant and never loads the encoder.
     """
 
@@ -140,7 +140,7 @@ class Router:
         calibration_clusters: Sequence[int] | np.ndarray | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> Router:
-        """Learn prompt -> cluster; its temperatures from held-out calibration prompts, 1 without them.
+        """Learn prompt -> cluster; the calibration from held-out prompts, none without them.
 
         Rows of cluster -1 (no usable gradient) are left out. Raises `DataError` where lengths differ or a
         cluster below the largest has no prompt.
@@ -152,7 +152,7 @@ class Router:
             "calibration",
         )
         self.n_clusters = _count_clusters(labels, held_out_labels)
-        self.temperatures_, self.n_calibration_ = np.ones(self.n_clusters), len(held_out_labels)
+        self.calibration_, self.n_calibration_ = Calibration.none(self.n_clusters), len(held_out_labels)
         if self.n_clusters == 1:
             self.head_: Head = LinearHead(np.zeros((1, 0)), np.zeros(1))
             return self
@@ -163,12 +163,12 @@ class Router:
         scores = self._scores(held_out, progress)
         if scores.shape[1] != self.n_clusters:
             raise DataError(f"the router's head scores {scores.shape[1]} clusters, the data has {self.n_clusters}")
-        self.temperatures_ = fit_temperatures(scores, held_out_labels)
+        self.calibration_ = fit_calibration(scores, held_out_labels)
         return self
 
     def predict_proba(self, prompts: Sequence[Prompt], progress: Callable[[int], object] | None = None) -> np.ndarray:
         """Calibrated probabilities of the clusters, (n, K) float64; rows sum to one."""
-        return calibrated_probabilities(self._scores(_texts(prompts), progress), self.temperatures_)
+        return self.calibration_.probabilities(self._scores(_texts(prompts), progress))
 
     def predict(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """The best cluster of each prompt, (n,) int64, whatever the threshold; ties to the lowest number."""
@@ -211,7 +211,8 @@ class Router:
             "head": self.head_.name,
             "C": self.head_.C if isinstance(self.head_, LinearHead) else None,
             "n_clusters": self.n_clusters,
-            "temperature": self.temperatures_.tolist(),
+            "temperature": self.calibration_.temperatures.tolist(),
+            "noise": self.calibration_.noise,
             "n_calibration": self.n_calibration_,
             "threshold": self.threshold,
             "fallback": self.fallback,
@@ -242,9 +243,9 @@ class Router:
                 fallback=settings.get("fallback", "base"),  # the only one before there was a choice
             )
             router.n_clusters = int(settings["n_clusters"])
-            # One number before every cluster had its own.
-            temperatures = np.asarray(settings["temperature"], np.float64)
-            router.temperatures_ = np.broadcast_to(temperatures, router.n_clusters).copy()
+            # One number before every cluster had its own, and no noise.
+            temperatures = np.broadcast_to(np.asarray(settings["temperature"], np.float64), router.n_clusters).copy()
+            router.calibration_ = Calibration(temperatures, float(settings.get("noise", 0.0)))
             router.n_calibration_ = int(settings["n_calibration"])
             if settings["head"] == RidgeHead.name:
                 router.head = router.head_ = RidgeHead(tensors["coefficients"], tensors["centres"])
@@ -257,8 +258,9 @@ class Router:
 
     def _check_loaded(self, check: np.ndarray | None) -> None:
         """Refuse (ValueError) what `save` never writes: it would fail, or mislead, at the first prompt."""
-        within = (self.temperatures_ >= 1e-6) & (self.temperatures_ <= 1e6)
-        require(bool(within.all()), f"temperatures {self.temperatures_}")
+        temperatures, noise = self.calibration_.temperatures, self.calibration_.noise
+        require(bool(((temperatures >= 1e-6) & (temperatures <= 1e6)).all()), f"temperatures {temperatures}")
+        require(0 <= noise < 1, f"noise {noise}")
         limit = self.encoder.max_length
         require(limit is None or (type(limit) is int and limit >= 2), f"max_length {limit!r}")
         require(self.threshold is None or 0 <= self.threshold <= 1, f"threshold {self.threshold}")
