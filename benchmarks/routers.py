@@ -53,6 +53,7 @@ from gradientspace.run_folder import Run
 
 NEIGHBOURS = (5, 15, 50, 150)
 SPREADS = (0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 3.0)
+NOISE = (None, 0.1, 0.3, 1.0, 3.0)
 SOFTNESS = 0.05
 """Nats: an expert that much worse than another weighs 1/e of it in the soft mix."""
 AS_DEV = "sources weighed as in dev"
@@ -274,8 +275,8 @@ class RunRouter:
             (f"{split}, {AS_DEV}", taught, saved, seen, self.dev_weights(samples)),
         ):
             simpler = {
-                "temperatures": fit_calibration(*teach, with_noise=False),
-                "one_temperature": Calibration(np.full(len(found.temperatures), fit_temperature(*teach))),
+                "temperatures": fit_calibration(*teach, noise_spread=None),
+                "one_temperature": Calibration(np.full_like(found.noise, fit_temperature(*teach)), 0 * found.noise),
             }
             row = {"run": self.run.path.name, "split": name, **calibration(*known, found, weights)}
             row["learnt"] = learnt(teach[0], known[0], found, weights, (row["perfect_low"], row["perfect_high"]))
@@ -401,7 +402,7 @@ def main() -> None:
         "n": len(case.dev_b),
         "calibration": [row for router in routers for row in router.calibrations()],
         "likelihood_by_spread": {str(spread): likelihood(routers, spread=spread) for spread in SPREADS},
-        "likelihood_without_noise": likelihood(routers, with_noise=False),
+        "likelihood_by_noise_spread": {str(spread): likelihood(routers, noise_spread=spread) for spread in NOISE},
         "routers": compare(case, options.fine_tune and not options.quick),
     }
     if options.json:

@@ -93,7 +93,7 @@ def test_one_temperature_for_all_is_read_as_before(fitted, tmp_path):
     (tmp_path / "router.json").write_text(json.dumps(settings | {"temperature": 2.5}))
     loaded = Router.load(tmp_path, encoder=fitted.encoder)
     assert loaded.calibration_.temperatures.tolist() == [2.5] * fitted.n_clusters
-    assert loaded.calibration_.noise == 0
+    assert loaded.calibration_.noise.tolist() == [0.0] * fitted.n_clusters
 
 
 def test_noisy_clusters_choose_a_strong_penalty_and_calibration_lowers_the_loss(fitted):

@@ -12,30 +12,31 @@ from scipy.special import expit, log_softmax, softmax
 from gradientspace.errors import DataError
 
 _LOG_TEMPERATURE = (np.log(1e-3), np.log(1e3))
-_NOISE_LOGIT, _NOISE_SPREAD = -4.0, 1.0  # 1.8 %, 0.7 to 4.7 within one deviation
+_NOISE_LOGIT, _NOISE_LOGIT_SPREAD = -4.0, 1.0  # 1.8 %, 0.7 to 4.7 within one deviation
 
 
 @dataclass(frozen=True)
 class Calibration:
     """From scores to probabilities: `(1 - noise) * softmax(scores / temperature) + noise / K`.
 
-    `temperatures`: (K,), a row's is that of its best class. `noise`: the share of rows, in 0..1, whose class is not the
-    one that their scores speak of, however clearly they do. Neither changes which class is best.
+    `temperatures`, `noise`: (K,), a row's are those of its best class. Noise is the share of rows, in 0..1, whose class
+    is not what their scores say, however clearly they do. Neither changes which class is best.
     """
 
     temperatures: np.ndarray
-    noise: float = 0.0
+    noise: np.ndarray
 
     @classmethod
     def none(cls, n_classes: int) -> Calibration:
         """Probabilities that are the softmax of the scores."""
-        return cls(np.ones(n_classes))
+        return cls(np.ones(n_classes), np.zeros(n_classes))
 
     def probabilities(self, scores: np.ndarray) -> np.ndarray:
         """(n, K) scores -> (n, K) float64; rows sum to one."""
         scores = np.asarray(scores, np.float64)
-        clear = softmax(scores / self.temperatures[scores.argmax(axis=1)][:, None], axis=1)
-        return (1 - self.noise) * clear + self.noise / scores.shape[1]
+        best = scores.argmax(axis=1)
+        temperature, noise = self.temperatures[best][:, None], self.noise[best][:, None]
+        return (1 - noise) * softmax(scores / temperature, axis=1) + noise / scores.shape[1]
 
 
 def negative_log_likelihood(probabilities: np.ndarray, labels: np.ndarray) -> float:
@@ -66,51 +67,65 @@ def fit_temperature(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def fit_calibration(
-    scores: np.ndarray, labels: np.ndarray, spread: float = 0.3, with_noise: bool = True
+    scores: np.ndarray, labels: np.ndarray, spread: float = 0.3, noise_spread: float | None = 1.0
 ) -> Calibration:
-    """A temperature for each best class, since sure and vague ones are not equally overconfident, and a share of noise.
+    """A temperature and a share of noise for each best class: sure and vague classes are not equally overconfident.
 
-    `scores`: (n, K), `labels`: (n,). Maximum a posteriori: few rows say little about a class, so the logarithm of its
-    temperature has a normal prior of deviation `spread` around that of a common one, which is free; a class without
-    rows keeps the common one. The noise has a logit-normal prior, median 1.8 %, or is left out. Labels are smoothed as
-    in `fit_temperature`. The defaults are those with the most likely labels on `dev` (`benchmarks/routers.py`).
+    `scores`: (n, K), `labels`: (n,), smoothed as in `fit_temperature`. Maximum a posteriori, since few rows say little
+    about a class: the logarithm of its temperature has a normal prior of deviation `spread` around a common one, which
+    is free; the logit of its noise one of deviation `noise_spread` around a common one, whose own prior has the median
+    1.8 %. A class without rows keeps the common ones. Without `noise_spread` there is no noise. The defaults are chosen
+    by the likelihood of labels on `dev` (`benchmarks/routers.py`).
     """
     n, n_classes = scores.shape
     if n == 0 or n_classes == 1:
         return Calibration.none(n_classes)
-    posterior = _Posterior(np.asarray(scores, np.float64), _smoothed(labels, n_classes), spread, with_noise)
-    start = np.zeros(n_classes + 2)
-    start[0], start[-1] = np.log(fit_temperature(scores, labels)), _NOISE_LOGIT
-    bounds = [_LOG_TEMPERATURE, *[(-5, 5)] * n_classes, (-15, 5)]
-    found = minimize(posterior, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-12}).x
-    return Calibration(np.exp(found[0] + found[1:-1]), float(expit(found[-1])) if with_noise else 0.0)
+    posterior = _Posterior(np.asarray(scores, np.float64), _smoothed(labels, n_classes), spread, noise_spread)
+    start = np.zeros((2, n_classes + 1))
+    start[:, 0] = np.log(fit_temperature(scores, labels)), _NOISE_LOGIT
+    found = minimize(
+        posterior, start.ravel(), jac=True, method="L-BFGS-B", options={"ftol": 1e-12},
+        bounds=[_LOG_TEMPERATURE, *[(-5, 5)] * n_classes, *[(-15, 5)] * (n_classes + 1)],
+    ).x  # fmt: skip
+    return Calibration(*posterior.unpack(found))
 
 
 class _Posterior:
-    """Minus the log posterior of (common log temperature, each class's deviation from it (K), logit of the noise)."""
+    """Minus the log posterior of a common log temperature, each class's deviation from it (K), and the same of the
+    noise's logit: 2 K + 2 numbers, as a matrix (2, K + 1)."""
 
-    def __init__(self, scores: np.ndarray, targets: np.ndarray, spread: float, with_noise: bool) -> None:
-        self.scores, self.targets, self.spread, self.with_noise = scores, targets, spread, with_noise
-        self.best = scores.argmax(axis=1)
+    def __init__(self, scores: np.ndarray, targets: np.ndarray, spread: float, noise_spread: float | None) -> None:
+        self.scores, self.targets, self.best = scores, targets, scores.argmax(axis=1)
+        self.with_noise = noise_spread is not None
+        self.mean, self.precision = np.zeros((2, 2, scores.shape[1] + 1))
+        self.precision[0, 1:] = spread**-2
+        if noise_spread is not None:
+            self.mean[1, 0] = _NOISE_LOGIT
+            self.precision[1] = noise_spread**-2
+            self.precision[1, 0] = _NOISE_LOGIT_SPREAD**-2
+
+    def unpack(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Temperatures and noise, each (K,)."""
+        common, deviations = np.split(at.reshape(2, -1), [1], axis=1)
+        temperatures, noise = np.exp(common[0] + deviations[0]), expit(common[1] + deviations[1])
+        return temperatures, noise if self.with_noise else np.zeros_like(noise)
 
     def __call__(self, at: np.ndarray) -> tuple[float, np.ndarray]:
-        """Value and gradient (K + 2,)."""
+        """Value and gradient (2 K + 2,)."""
         n_classes = self.scores.shape[1]
-        deviations, noise = at[1:-1], float(expit(at[-1])) if self.with_noise else 0.0
-        scaled = self.scores / np.exp(at[0] + deviations[self.best])[:, None]
+        temperatures, noise = (values[self.best][:, None] for values in self.unpack(at))
+        scaled = self.scores / temperatures
         clear = softmax(scaled, axis=1)
         p = np.maximum((1 - noise) * clear + noise / n_classes, np.finfo(np.float64).tiny)
-        per_p = -self.targets / p
-        by_score = (1 - noise) * clear * (per_p - (per_p * clear).sum(axis=1, keepdims=True))
-        by_row = -(by_score * scaled).sum(axis=1)
-        by_class = np.bincount(self.best, by_row, minlength=n_classes) + deviations / self.spread**2
-        value = -(self.targets * np.log(p)).sum() + (deviations**2).sum() / (2 * self.spread**2)
-        by_noise = 0.0
-        if self.with_noise:
-            off = (at[-1] - _NOISE_LOGIT) / _NOISE_SPREAD
-            value += off**2 / 2
-            by_noise = noise * (1 - noise) * (per_p * (1 / n_classes - clear)).sum() + off / _NOISE_SPREAD
-        return float(value), np.concatenate([[by_row.sum()], by_class, [by_noise]])
+        by_p = -self.targets / p
+        by_score = (1 - noise) * clear * (by_p - (by_p * clear).sum(axis=1, keepdims=True))
+        by_temperature = -(by_score * scaled).sum(axis=1)
+        by_noise = (noise * (1 - noise) * by_p * (1 / n_classes - clear)).sum(axis=1)
+        slopes = [np.bincount(self.best, rows, minlength=n_classes) for rows in (by_temperature, by_noise)]
+        gradient = np.array([[slope.sum(), *slope] for slope in slopes])
+        off = at.reshape(2, -1) - self.mean
+        value = -(self.targets * np.log(p)).sum() + (self.precision * off**2).sum() / 2
+        return float(value), (gradient + self.precision * off).ravel()
 
 
 def _smoothed(labels: np.ndarray, n_classes: int) -> np.ndarray:

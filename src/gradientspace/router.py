@@ -212,7 +212,7 @@ class Router:
             "C": self.head_.C if isinstance(self.head_, LinearHead) else None,
             "n_clusters": self.n_clusters,
             "temperature": self.calibration_.temperatures.tolist(),
-            "noise": self.calibration_.noise,
+            "noise": self.calibration_.noise.tolist(),
             "n_calibration": self.n_calibration_,
             "threshold": self.threshold,
             "fallback": self.fallback,
@@ -243,9 +243,12 @@ class Router:
                 fallback=settings.get("fallback", "base"),  # the only one before there was a choice
             )
             router.n_clusters = int(settings["n_clusters"])
-            # One number before every cluster had its own, and no noise.
-            temperatures = np.broadcast_to(np.asarray(settings["temperature"], np.float64), router.n_clusters).copy()
-            router.calibration_ = Calibration(temperatures, float(settings.get("noise", 0.0)))
+            # One temperature before every cluster had its own, and no noise.
+            temperatures, noise = (
+                np.broadcast_to(np.asarray(values, np.float64), router.n_clusters).copy()
+                for values in (settings["temperature"], settings.get("noise", 0.0))
+            )
+            router.calibration_ = Calibration(temperatures, noise)
             router.n_calibration_ = int(settings["n_calibration"])
             if settings["head"] == RidgeHead.name:
                 router.head = router.head_ = RidgeHead(tensors["coefficients"], tensors["centres"])
@@ -260,7 +263,7 @@ class Router:
         """Refuse (ValueError) what `save` never writes: it would fail, or mislead, at the first prompt."""
         temperatures, noise = self.calibration_.temperatures, self.calibration_.noise
         require(bool(((temperatures >= 1e-6) & (temperatures <= 1e6)).all()), f"temperatures {temperatures}")
-        require(0 <= noise < 1, f"noise {noise}")
+        require(bool(((noise >= 0) & (noise < 1)).all()), f"noise {noise}")
         limit = self.encoder.max_length
         require(limit is None or (type(limit) is int and limit >= 2), f"max_length {limit!r}")
         require(self.threshold is None or 0 <= self.threshold <= 1, f"threshold {self.threshold}")
