@@ -47,52 +47,58 @@ def routers() -> list[str]:
         f"a ridge onto the experts' losses {interval(minus['ridge, losses on dev_a'], '{:+.3f}')}",
         f"{interval(own['minus_logistic'])} nats, though it names that cluster for {100 * own['accuracy']:.0f} % of "
         f"the prompts against {100 * real['logistic, cluster']['accuracy']:.0f} %",
+        *_half_of_dev(),
         *_calibration(mix, "The real mix"),
         *_calibration(found, "The demo"),
-        *_elsewhere(read("routers-demo-epyc")),
     ]
 
 
-def _elsewhere(found: dict[str, Any]) -> list[str]:
-    """The calibration of the demo's first seed on another kind of processor."""
-    rows = {row["split"]: row for row in found["calibration"]}
+def _within(row: dict[str, Any], of: dict[str, Any] | None = None) -> bool:
+    """Whether the calibration error of `row` lies in a perfect router's range, or in another one."""
+    low, high = (row["perfect_low"], row["perfect_high"]) if of is None else (of["low"], of["high"])
+    return low <= row["calibration_error"] <= high
+
+
+def _rows(found: dict[str, Any], split: str) -> list[dict[str, Any]]:
+    return [row for row in found["calibration"] if row["split"] == split]
+
+
+def _half_of_dev() -> list[str]:
+    """The first attempt: temperatures from `dev_a` alone, the demo's dev rows in wordings of their own."""
+    mix, demo = (_rows(read(f"routers-{name}-half-of-dev"), "test") for name in ("real-mix", "demo"))
+    epyc = _rows(read("routers-demo-epyc-half-of-dev"), "test")[0]
+    as_perfect = [100 * fmean(row["learnt"]["as_perfect"] for row in rows) for rows in (mix, demo)]
     return [
-        f"`{split}`: calibration error {row['calibration_error']:.3f}, a perfect router's {row['perfect_low']:.3f} to "
-        f"{row['perfect_high']:.3f}, with temperatures learnt {row['learnt']['low']:.3f} to "
-        f"{row['learnt']['high']:.3f}; right {100 * row['accuracy']:.1f} %, confidence {100 * row['confidence']:.1f} %"
-        for split, row in rows.items()
-        if split in ("dev_b", "test")
+        f"{sum(map(_within, mix))} of {len(mix)} seeds of the real mix within the range",
+        f"{sum(map(_within, demo))} of {len(demo)} of the demo",
+        f"{epyc['calibration_error']:.3f} where {epyc['perfect_low']:.3f} to {epyc['perfect_high']:.3f} is the range; "
+        f"right {100 * epyc['accuracy']:.1f} %, confidence {100 * epyc['confidence']:.1f} %",
+        f"{as_perfect[0]:.0f} % of the draws on the real mix and {as_perfect[1]:.0f} % on the demo",
     ]
 
 
 def _calibration(found: dict[str, Any], label: str) -> list[str]:
-    """How many seeds lie within a perfect router's range, and the likelihoods, with and without a cluster's own."""
+    """How many seeds lie within a perfect router's range, and the likelihoods, with and without noise."""
     quotes = []
     for split in ("dev_b", "test"):
-        rows = [row for row in found["calibration"] if row["split"] == split]
-        each, one = (
-            [way["perfect_low"] <= way["calibration_error"] <= way["perfect_high"] for way in ways]
-            for ways in (rows, [row["one_temperature"] for row in rows])
-        )
-        likelihoods = [
-            fmean([way["negative_log_likelihood"] for way in ways])
-            for ways in (rows, [row["one_temperature"] for row in rows])
-        ]
+        rows = _rows(found, split)
+        plain = [row["temperatures"] for row in rows]
+        likelihoods = [fmean(way["negative_log_likelihood"] for way in ways) for ways in (rows, plain)]
         quotes.append(
-            f"{label}, `{split}`: {sum(each)} of {len(each)} seeds within the range, {sum(one)} with one temperature; "
-            f"-log p {likelihoods[0]:.3f} against {likelihoods[1]:.3f}"
+            f"{label}, `{split}`: {sum(map(_within, rows))} of {len(rows)} seeds within the range, "
+            f"{sum(map(_within, plain))} without noise; -log p {likelihoods[0]:.3f} against {likelihoods[1]:.3f}"
         )
-    rows = [row for row in found["calibration"] if row["split"] == "test"]
-    learnt = [row["learnt"]["low"] <= row["calibration_error"] <= row["learnt"]["high"] for row in rows]
-    as_perfect = 100 * fmean([row["learnt"]["as_perfect"] for row in rows])
+    rows = _rows(found, "test")
+    learnt = [_within(row, row["learnt"]) for row in rows]
+    as_perfect = 100 * fmean(row["learnt"]["as_perfect"] for row in rows)
     quotes.append(
-        f"{label}, `test`, temperatures learnt from as few prompts: {sum(learnt)} of {len(learnt)} seeds within the "
+        f"{label}, `test`, a calibration learnt from as many prompts: {sum(learnt)} of {len(learnt)} seeds within the "
         f"range; {as_perfect:.0f} % of such routers within a perfect one's"
     )
     weighed = [row for row in found["calibration"] if row["split"].startswith("test,")]
-    inside = [row["perfect_low"] <= row["calibration_error"] <= row["perfect_high"] for row in weighed]
     quotes.append(
-        f"{label}, `test`, sources weighed as in `dev`: {sum(inside)} of {len(inside)} seeds within the range"
+        f"{label}, `test`, sources weighed as in `dev`: {sum(map(_within, weighed))} of {len(weighed)} seeds within "
+        "the range"
     )
     return quotes
 

@@ -98,14 +98,17 @@ def routers() -> str:
             "95 % intervals).",
             table(head, rows),
             paragraph(
-                "Calibration of the run's router, fitted on `dev_a`, in ten bins of equal size, beside the range of a "
-                "perfectly calibrated router of as many prompts, of one whose probabilities are true but for its "
-                "temperatures, learnt from as many prompts as `dev_a` has, and beside one temperature for all clusters:"
+                "Calibration of each run's router in ten bins of equal size (on `dev_b`: of one that learnt it from "
+                "`dev_a` alone), beside the range of a perfectly calibrated router of as many prompts, that of one "
+                "whose probabilities are true but for a calibration learnt from as many prompts, and what "
+                "temperatures without noise give:"
             ),
             table(CALIBRATION, [_calibrated(row) for row in found["calibration"]]),
             paragraph(
-                "Mean -log p of one half of `dev` with temperatures from the other, by the deviation of their prior: "
-                + ", ".join(f"{value:.3f} at {spread}" for spread, value in found["likelihood_by_spread"].items())
+                "Mean -log p of one half of `dev` calibrated on the other, by the spread of the temperatures' prior: "
+                + _by_option(found["likelihood_by_spread"])
+                + "; of the noise's: "
+                + _by_option(found["likelihood_by_noise_spread"]).replace("at None", "without")
                 + "."
             ),
         ]
@@ -114,18 +117,22 @@ def routers() -> str:
 
 CALIBRATION = [
     "run", "prompts", "right", "mean confidence", "-log p", "calibration error", "a perfect router's", "within",
-    "temperatures learnt", "within", "one temperature: -log p", "calibration error",
+    "learnt", "within", "without noise: -log p", "calibration error",
 ]  # fmt: skip
+
+
+def _by_option(likelihoods: dict[str, float]) -> str:
+    return ", ".join(f"{value:.3f} at {option}" for option, value in likelihoods.items())
 
 
 def _calibrated(row: dict[str, Any]) -> list[str]:
     error, low, high = (row[name] for name in ("calibration_error", "perfect_low", "perfect_high"))
-    one, learnt = row["one_temperature"], row["learnt"]
+    plain, learnt = row["temperatures"], row["learnt"]
     split, _, how = row["split"].partition(", ")
     return [
         row["run"], f"{row['n']} of `{split}`{f', {how}' if how else ''}", f"{100 * row['accuracy']:.1f} %",
         f"{100 * row['confidence']:.1f} %", f"{row['negative_log_likelihood']:.3f}", f"{error:.3f}",
         f"{low:.3f} to {high:.3f}", "yes" if low <= error <= high else "no",
         f"{learnt['low']:.3f} to {learnt['high']:.3f}", "yes" if learnt["low"] <= error <= learnt["high"] else "no",
-        f"{one['negative_log_likelihood']:.3f}", f"{one['calibration_error']:.3f}",
+        f"{plain['negative_log_likelihood']:.3f}", f"{plain['calibration_error']:.3f}",
     ]  # fmt: skip
