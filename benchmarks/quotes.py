@@ -17,7 +17,7 @@ CELLS = ("real noise, K 4, cosine 0.02", "noise decay 0.4, cosine 0.05", "imbala
 
 def sentences() -> list[str]:
     """Pieces of the page, white space aside."""
-    return [*diagnosis(), *routers(), *clusterer(), *main_table(), *headline(), *ablations(), *real_mix()]
+    return [*diagnosis(), *routers(), *clusterer(), *main_table(), *headline(), *ablations(), *real_mix(), *demo()]
 
 
 def diagnosis() -> list[str]:
@@ -160,6 +160,13 @@ def headline() -> list[str]:
         interval(pairs[f"gradientspace - {other}"]["loss"]) for other in ("single", "elrea", "embedding")
     )
     return [f"against one LoRA {single} nats, against ELREA {elrea}, against embedding clusters {embedding}"]
+
+
+def demo() -> list[str]:
+    """The demo's gain over one LoRA on another kind of processor."""
+    gain = read("demo-epyc")["comparisons"]["gradientspace - single"]["exact_match"]
+    mean, low, high = (f"{100 * gain[name]:.1f}" for name in ("mean", "low", "high"))
+    return [f"{mean} points ({low} to {high}; `benchmarks/results/demo-epyc.json`)"]
 
 
 def ablations() -> list[str]:
