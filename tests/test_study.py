@@ -131,8 +131,8 @@ def test_another_split_or_table_trains_nothing_again(
     trained = [name for name in made if "experts" in name or name in ("warmup", "shared", "single")]
     assert trained
     assert all("made_in" in made[name] for name in trained)
-    # Judged on dev_b, a router is not calibrated there.
-    assert ("made_in" in made["router"]) == bool(options)
+    if not options:  # what is judged on dev_b has a router that is not calibrated there
+        assert "made_in" not in made["router"]
     assert "gradientspace" in capsys.readouterr().out
 
 
