@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round of the smallest shape: a smoke test")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--rounds", type=int, default=5, help="how often every arm runs; the median counts")
+    parser.add_argument("--rounds", type=int, default=15, help="how often every arm runs; the median counts")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results: dict[str, Any] = {"machine": describe("transformers", "peft"), "experts": N_EXPERTS, "shapes": {}}
