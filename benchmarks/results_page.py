@@ -12,6 +12,7 @@ TITLES = {
     "real-mix-headline": "The real mix, the headline pairs on more seeds",
     "real-mix-seed0": "The real mix, first table (one seed, before any choice was made on dev)",
     "demo": "The demo",
+    "demo-epyc": "The demo again, on another kind of processor",
     "demo-one-skill": "The demo's control with one skill (nothing to split)",
     "demo-by-topic": "The demo's control by topic (embeddings suffice)",
 }
