@@ -135,9 +135,11 @@ TOPICS: dict[str, Topic] = {
 }
 
 # A request is an opener, one of its skill's phrases, and sometimes a closing word. The phrase is all that
-# tells the skill. The last `N_UNSEEN` phrases of a skill occur in no training row, and half of the dev and test rows
-# use one: people do not keep to the wordings of a training set. Dev and test have them in common, since a router can
-# be calibrated only for prompts like those that it is calibrated on.
+# tells the skill. Training rows use the first `N_SEEN` phrases of a skill. Half of the dev and test rows use one of
+# the last `N_UNSEEN`: people do not keep to the wordings of a training set. Dev and test have them in common, since a
+# router can be calibrated only for prompts like those that it is calibrated on. The base has read all phrases, those
+# in between too: a base knows more wordings than a mix asks in.
+N_SEEN = 12
 N_UNSEEN = 6
 OPENERS = (
     "", "Please", "Now", "For the {person},", "At the {place},", "Could you", "The {person} asks you to",
@@ -158,6 +160,12 @@ REQUESTS: dict[str, tuple[str, ...]] = {
         "compute the sum of the {item}",
         "total the {item}, showing the addition",
         "do the sum with the {item}",
+        "see what the {item} add up to",
+        "bring the {item} to a grand sum",
+        "join the {item} figures with a plus sign",
+        "give the overall number of {item}",
+        "sum up both entries for {item}",
+        "do the maths and add the {item}",
         "how much do the {item} come to in sum",
         "tally the {item}",
         "put both counts of {item} together",
@@ -178,6 +186,12 @@ REQUESTS: dict[str, tuple[str, ...]] = {
         "express the {item} as a computer program",
         "implement the {item} in Python",
         "write a for loop in code for the {item}",
+        "type the {item} as Python statements",
+        "code up an iteration over the {item}",
+        "write the {item} for the interpreter to run",
+        "show how a programmer loops over {item}",
+        "create a program for the {item}",
+        "translate the {item} to computer code",
         "automate the {item} with a small script",
         "make the {item} executable in Python syntax",
         "have software iterate over the {item}",
@@ -198,6 +212,12 @@ REQUESTS: dict[str, tuple[str, ...]] = {
         "look up the accounting entry for the {item}",
         "tell the auditor the {item} balance",
         "give the {item} budget figure in money",
+        "enter the {item} as debit and credit",
+        "state the {item} position in the books",
+        "give the investors the {item} figure",
+        "say how the {item} stand in the cash account",
+        "file the {item} with the annual report",
+        "quote the {item} from the income statement",
         "tell the shareholders about the {item} earnings",
         "give the bookkeeper's entry for the {item}",
         "report the {item} for the tax return",
@@ -218,6 +238,12 @@ REQUESTS: dict[str, tuple[str, ...]] = {
         "make the {item} rhyme in a verse",
         "compose a lyric for the {item}",
         "give the {item} a poem",
+        "tell of the {item} in rhymes",
+        "chant a verse for the {item}",
+        "pen a small poem around the {item}",
+        "turn the {item} into a song",
+        "let two lines about the {item} rhyme",
+        "write lyrics to the {item}",
         "make the {item} into a jingle",
         "write a limerick about the {item}",
         "praise the {item} in verse",
@@ -284,7 +310,7 @@ def scene(topic: Topic, rng: random.Random) -> tuple[str, dict[str, str]]:
 
 def phrases(skill: str, split: Split) -> tuple[str, ...]:
     """The phrases that ask for `skill`: those of `train`, or those that only the other splits have."""
-    return REQUESTS[skill][:-N_UNSEEN] if split == "train" else REQUESTS[skill][-N_UNSEEN:]
+    return REQUESTS[skill][:N_SEEN] if split == "train" else REQUESTS[skill][-N_UNSEEN:]
 
 
 def request(phrase: str, item: str, cast: dict[str, str], rng: random.Random) -> str:
