@@ -274,9 +274,10 @@ class RunRouter:
             (split, taught, saved, seen, None),
             (f"{split}, {AS_DEV}", taught, saved, seen, self.dev_weights(samples)),
         ):
+            no_noise = np.zeros_like(found.noise)
             simpler = {
                 "temperatures": fit_calibration(*teach, noise_spread=None),
-                "one_temperature": Calibration(np.full_like(found.noise, fit_temperature(*teach)), 0 * found.noise),
+                "one_temperature": Calibration(no_noise + fit_temperature(*teach), no_noise),
             }
             row = {"run": self.run.path.name, "split": name, **calibration(*known, found, weights)}
             row["learnt"] = learnt(teach[0], known[0], found, weights, (row["perfect_low"], row["perfect_high"]))

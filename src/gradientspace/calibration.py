@@ -111,7 +111,7 @@ class _Posterior:
         return temperatures, noise if self.with_noise else np.zeros_like(noise)
 
     def __call__(self, at: np.ndarray) -> tuple[float, np.ndarray]:
-        """Value and gradient (2 K + 2,)."""
+        """Value and gradient (2 K + 2,); `by_x` is the derivative of the rows' surprise by x."""
         n_classes = self.scores.shape[1]
         temperatures, noise = (values[self.best][:, None] for values in self.unpack(at))
         scaled = self.scores / temperatures
